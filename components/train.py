@@ -1,0 +1,42 @@
+"""The step `train`."""
+
+from kfp import dsl
+
+from components import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def train(
+    dataset: dsl.Input[dsl.Dataset],
+    method: str,
+    preset: str,
+    overrides: list[str],
+    model: dsl.Output[dsl.Model],
+):
+    """Train a detector.
+
+    Args:
+        dataset: Folder of the manifests that `split` wrote.
+        method: soft_teacher or supervised.
+        preset: Name of a preset of settings, such as coco-10pct.
+        overrides: Settings as key=value on top of the preset.
+        model: Model folder: weights of teacher and student, settings, classes, metrics, provenance.
+    """
+    import json
+    from pathlib import Path
+
+    from softteacher.config import load_settings
+    from softteacher.training.train import train
+
+    manifests = Path(dataset.path)
+    metrics = train(
+        str(manifests / "labeled.json"),
+        str(manifests / "unlabeled.json"),
+        str(manifests / "validation.json"),
+        model.path,
+        load_settings(preset, [*overrides, f"method.name={method}"]),
+    )
+    # the per-class table and the curves are in the folder's metrics.json
+    numbers = {w: {k: v for k, v in m.items() if isinstance(v, int | float)} for w, m in metrics.items()}
+    model.metadata.update({"method": method, "preset": preset, "overrides": overrides, "metrics": numbers})
+    print(json.dumps({"step": "train", **model.metadata}))

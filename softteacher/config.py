@@ -1,0 +1,273 @@
+"""One typed, validated settings tree. Presets are small YAML files over its defaults; `--set key=value` goes on top.
+
+The defaults are the paper's partially-labelled setting in the form of the authors' code (see `docs/method.md`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softteacher.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataSettings(_Group):
+    """Images and their views."""
+
+    short_side: int = Field(800, ge=32, le=4096, description="short side of an image at test time, pixels")
+    long_side: int | None = Field(None, ge=32, le=8192, description="limit of the long side; none: 5/3 of short_side")
+    scale_jitter: tuple[float, float] = Field(
+        (0.5, 1.5), description="training views: the short side is drawn from short_side times this range"
+    )
+    horizontal_flip: Share = Field(0.5, description="probability of a flip, drawn for each view by itself")
+    labeled_color: bool = Field(True, description="one colour operation on labelled images")
+    strong_color: bool = Field(True, description="one colour operation on the strong view")
+    strong_geometry: bool = Field(True, description="one of translate, rotate, shear on the strong view")
+    strong_erase: bool = Field(True, description="1 to 5 erased patches on the strong view")
+    max_rotation: float = Field(30.0, ge=0, le=90, description="strong view: degrees of rotation and of shear")
+    max_translation: Share = Field(0.1, description="strong view: translation, share of the side")
+    max_bad_images: Share = Field(
+        0.01, description="share of unreadable images that a run survives (one always may be)"
+    )
+    workers: int = Field(2, ge=0, le=256, description="loader processes; 0: load in the training process")
+    cache_mb: int = Field(256, ge=0, description="encoded images kept in memory, MB per loader process")
+
+    @property
+    def max_long_side(self) -> int:
+        """The limit of the long side in pixels (1333 for a short side of 800, as in the paper)."""
+        return self.long_side or round(self.short_side * 1333 / 800)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataSettings:
+        low, high = self.scale_jitter
+        if not 0 < low <= high <= 4:
+            raise ValueError("data.scale_jitter must be two numbers, 0 < low <= high <= 4")
+        if self.max_long_side < self.short_side:
+            raise ValueError("data.long_side must not be under data.short_side")
+        return self
+
+
+class DetectorSettings(_Group):
+    """Faster R-CNN on a feature pyramid."""
+
+    name: Literal[
+        "fasterrcnn_resnet18_fpn",
+        "fasterrcnn_resnet34_fpn",
+        "fasterrcnn_resnet50_fpn",
+        "fasterrcnn_resnet101_fpn",
+        "fasterrcnn_mobilenet_v2_fpn",
+        "fasterrcnn_tiny_fpn",
+    ] = Field("fasterrcnn_resnet50_fpn", description="architecture")
+    backbone_weights: str | None = Field(
+        None, description="torchvision weights name (IMAGENET1K_V1), local path or s3:// URI; none: random"
+    )
+    norm: Literal["frozen_batch", "group"] = Field(
+        "frozen_batch",
+        description="backbone normalisation: frozen_batch needs backbone_weights, group learns from nothing",
+    )
+    frozen_stages: int = Field(1, ge=0, le=5, description="backbone stages that stay as loaded, stem first; 0: none")
+    fpn_channels: int = Field(256, ge=8, le=1024, description="channels of every pyramid level")
+    head_channels: int = Field(
+        1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"
+    )
+    anchor_scale: float = Field(8.0, gt=0, description="anchor side over the stride of its level")
+    pre_nms_train: int = Field(
+        2000, ge=1, description="anchors kept per level before NMS, in training and by the teacher"
+    )
+    proposals_train: int = Field(1000, ge=1, description="proposals per image, in training and by the teacher")
+    pre_nms_test: int = Field(1000, ge=1, description="anchors kept per level before NMS, at test")
+    proposals_test: int = Field(1000, ge=1, description="proposals per image, at test")
+    rpn_batch: int = Field(256, ge=2, description="anchors sampled per image for the RPN loss")
+    roi_batch: int = Field(512, ge=2, description="RoIs sampled per image for the box head's losses")
+    sampling_ratio: int = Field(0, ge=0, le=8, description="RoIAlign points per bin and axis; 0: adaptive")
+    score_threshold: Share = Field(0.05, description="detections under this score are dropped")
+    nms_threshold: Share = Field(0.5, description="IoU of the class-wise NMS")
+    max_detections: int = Field(100, ge=1, le=1000, description="detections per image")
+
+
+class MethodSettings(_Group):
+    """Soft Teacher (paper, section 3)."""
+
+    name: Literal["soft_teacher", "supervised"] = Field("soft_teacher", description="training method")
+    unsup_weight: float = Field(4.0, ge=0, description="alpha of L = L_sup + alpha * L_unsup")
+    pool_threshold: Share = Field(0.5, description="teacher boxes above this score make the pool of pseudo boxes")
+    rpn_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the RPN")
+    cls_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the classification")
+    reg_variance_threshold: float = Field(
+        0.02, ge=0, description="pseudo boxes under this variance teach the regression"
+    )
+    jitter_times: int = Field(10, ge=2, le=100, description="jittered copies of a pseudo box")
+    jitter_scale: float = Field(0.06, gt=0, description="standard deviation of the jitter, share of width and height")
+    ema_momentum: float = Field(
+        0.999, ge=0, lt=1, description="momentum of the teacher, reached as 1 - 1/(iteration + 1)"
+    )
+    burn_in: Share = Field(0.0, description="share of the iterations with labelled images only (paper: none)")
+
+
+class TrainingSettings(_Group):
+    """Optimisation."""
+
+    iterations: int = Field(180_000, ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0, description="of weights, samplers, views and jitter")
+    labeled_per_batch: int = Field(1, ge=1, description="labelled images per step and process")
+    unlabeled_per_batch: int = Field(4, ge=0, description="unlabelled images per step and process")
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="adamw learns faster from nothing; lr about 0.001 then"
+    )
+    lr: float = Field(0.01, gt=0, description="learning rate after warm-up")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(1e-4, ge=0, description="of SGD")
+    warmup_iterations: int = Field(500, ge=0, description="linear warm-up of the learning rate")
+    warmup_factor: float = Field(0.001, gt=0, le=1, description="learning rate at the first step, share of lr")
+    lr_steps: tuple[float, ...] = Field(
+        (2 / 3, 8 / 9), description="shares of the iterations after which lr is divided by 10"
+    )
+    clip_gradient: float | None = Field(None, gt=0, description="largest norm of the gradient; none: no clipping")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast where the hardware has it"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    log_every: int = Field(20, ge=1, description="iterations between two lines of training.jsonl")
+    evaluate_every: int = Field(0, ge=0, description="iterations between two validations; 0: only at the end")
+    evaluate_batch: int = Field(4, ge=1, description="images per batch in evaluation")
+
+
+class ExportSettings(_Group):
+    """The ONNX file."""
+
+    image_size: tuple[int, int] | None = Field(
+        None, description="height and width of the input; none: what holds every validation image at its test size"
+    )
+    max_ap_loss: float = Field(0.005, ge=0, le=1, description="an export that loses more AP than this is refused")
+
+
+class Settings(_Group):
+    """Everything that decides a run."""
+
+    data: DataSettings = DataSettings()
+    detector: DetectorSettings = DetectorSettings()
+    method: MethodSettings = MethodSettings()
+    training: TrainingSettings = TrainingSettings()
+    export: ExportSettings = ExportSettings()
+
+    def to_yaml(self, comments: bool = False) -> str:
+        """The whole tree as YAML, with a comment for each key if asked for."""
+        lines: list[str] = []
+        for group, model in self._groups():
+            lines.append(f"{group}:" + (f"  # {(type(model).__doc__ or '').strip()}" if comments else ""))
+            for key, field in type(model).model_fields.items():
+                value = yaml.safe_dump(model.model_dump(mode="json")[key], default_flow_style=True, width=1000)
+                text = f"  {key}: {value.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
+                lines.append(f"{text:<44}  # {field.description}" if comments else text)
+        return "\n".join(lines) + "\n"
+
+    def _groups(self) -> Iterator[tuple[str, _Group]]:
+        for group in type(self).model_fields:
+            yield group, getattr(self, group)
+
+
+def presets() -> list[str]:
+    """The names of the presets that come with the package."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("softteacher.presets").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """Settings of a preset with `key=value` overrides.
+
+    Args:
+        preset: one of `presets()`; none for the defaults.
+        overrides: e.g. `training.iterations=1000`, `data.scale_jitter=[0.8, 1.2]`; values are YAML.
+
+    Raises:
+        UserError: unknown preset or key (the nearest valid one is named), or a bad value.
+
+    Example:
+        >>> load_settings("coco-10pct", ["training.seed=7"]).training.seed
+        7
+    """
+    if preset is None:
+        tree: dict[str, dict[str, Any]] = {}
+    elif preset in presets():
+        tree = yaml.safe_load(files("softteacher.presets").joinpath(f"{preset}.yaml").read_text())
+    else:
+        raise UserError(f"--preset {preset}: no such preset{_nearest(preset, presets())}")
+    known = [f"{g}.{k}" for g, model in Settings()._groups() for k in type(model).model_fields]
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override}: write key=value, for example training.iterations=1000")
+        if key not in known:
+            raise UserError(f"--set {key}: no such setting{_nearest(key, known)}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value can't be read; quote it as YAML") from None
+        if isinstance(value, str):
+            value = _as_number(value)
+        group, name = key.split(".")
+        tree.setdefault(group, {})[name] = value
+    return _validated(tree, "settings")
+
+
+def read_settings(path: str | Path) -> Settings:
+    """Settings from a `settings.yaml` as `Settings.to_yaml` writes it.
+
+    Raises:
+        UserError: missing, no YAML, or not a valid settings tree.
+    """
+    from softteacher import storage
+
+    try:
+        tree = yaml.safe_load(storage.read_bytes(path))
+    except yaml.YAMLError as e:
+        raise UserError(
+            f"{path}: not valid YAML; take the file that `train` wrote ({str(e).splitlines()[0]})"
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: no settings in it; take the file that `train` wrote")
+    return _validated(tree, str(path))
+
+
+def _validated(tree: dict[str, Any], where: str) -> Settings:
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(x) for x in first["loc"] if isinstance(x, str)) or "settings"
+        hint = ""
+        if first["type"] == "literal_error":
+            hint = _nearest(
+                str(first["input"]), [x.strip("'") for x in first["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+            )
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {key} = {first.get('input')!r}: {message}{hint}") from None
+
+
+def _as_number(text: str) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; a number is meant."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    tail = [k for k in known if k.endswith("." + word)]  # `--set iterations=5`
+    if tail or close:
+        return f"; did you mean {(tail or close)[0]}?"
+    return f"; there are {', '.join(known)}" if len(known) < 12 else "; `softteacher config` lists them all"

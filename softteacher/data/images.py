@@ -1,0 +1,103 @@
+"""Images in: a user's file becomes 8-bit RGB, or is named as broken. And the resizing that tests and serving share."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from softteacher import storage
+from softteacher.errors import UserError
+
+MAX_PIXELS = 100_000_000
+PAD = (124, 116, 104)  # the ImageNet mean colour: about zero after normalisation
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+# we refuse by our own limit; Pillow would only warn
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None
+
+
+class BadImage(UserError):
+    """A file that is no whole image: truncated, empty, something else, or absurdly large."""
+
+
+def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
+    """Decode an image file.
+
+    EXIF rotation is ignored, as COCO tools do: boxes belong to the raw pixels.
+
+    Args:
+        data: the file's bytes.
+        name: what the error calls it.
+
+    Returns:
+        The image as 8-bit RGB, and the mode it was stored in (`RGB`, `L`, `CMYK`, `P`, `RGBA`, `I;16`, ...).
+
+    Raises:
+        BadImage: it can't be decoded whole, or has more than `MAX_PIXELS`.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(f"{name}: {image.width} x {image.height} pixels is absurdly large; scale it down")
+        image.load()
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"{name}: {'empty file' if not data else 'no image'}; replace or remove it") from None
+    except Exception as e:  # Pillow's plugins raise nearly anything on garbage
+        raise BadImage(f"{name}: broken image ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
+    mode = image.mode
+    if mode == "RGB":
+        return image, mode
+    if mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it to white
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values / max(257.0, values.max() / 255)).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB"), mode
+
+
+def load_image(uri: str | Path) -> Image.Image:
+    """An image file, local or `s3://`, as 8-bit RGB.
+
+    Raises:
+        BadImage: it is no whole image.
+        UserError: it is missing or can't be read.
+    """
+    return decode(storage.read_bytes(uri), str(uri))[0]
+
+
+def test_size(width: int, height: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """Width and height with the ratio kept, the short side at most `short_side` and the long at most `long_side`."""
+    scale = min(short_side / min(width, height), long_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bilinear with antialiasing: the one way in which images are resized, in training, test and serving."""
+    return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+
+
+def letterbox(
+    image: Image.Image, size: tuple[int, int], short_side: int, long_side: int
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Resize as at test time and paste into the top left corner of a canvas.
+
+    Args:
+        image: RGB.
+        size: (height, width) of the canvas; an image that would not fit is made smaller.
+        short_side: as in `test_size`.
+        long_side: as in `test_size`.
+
+    Returns:
+        The canvas, uint8 [H, W, 3], and the scale (x, y) from original to canvas pixels.
+    """
+    width, height = test_size(*image.size, short_side, long_side)
+    shrink = min(1.0, size[1] / width, size[0] / height)
+    width, height = max(1, min(size[1], round(width * shrink))), max(1, min(size[0], round(height * shrink)))
+    canvas = np.full((*size, 3), PAD, np.uint8)
+    canvas[:height, :width] = np.asarray(resize(image, width, height))
+    return canvas, (width / image.width, height / image.height)

@@ -1,0 +1,185 @@
+"""Training batches: the batch of step t is a pure function of (seed, t), so a run can go on anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import cachetools
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from softteacher import storage
+from softteacher.config import Settings
+from softteacher.data.check import read_image
+from softteacher.data.coco import CocoDataset
+from softteacher.data.images import PAD, BadImage
+from softteacher.data.views import View, labeled_view, project_boxes, strong_view, weak_view
+from softteacher.errors import UserError
+
+STRIDE = 32  # batches are padded to a multiple of it
+
+
+@dataclass
+class Views:
+    """A padded batch of views.
+
+    Attributes:
+        images: [B, 3, H, W] uint8, RGB; views at the top left, padded with grey.
+        sizes: [B, 2] int64, (height, width) of each view before padding.
+        matrices: [B, 3, 3] float64, original -> view.
+        boxes: B x [n, 4] float32, xyxy in view pixels; empty without labels.
+        labels: B x [n] int64.
+    """
+
+    images: torch.Tensor
+    sizes: torch.Tensor
+    matrices: torch.Tensor
+    boxes: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+    def to(self, device: torch.device) -> Views:
+        """The same views on another device."""
+        return Views(
+            self.images.to(device, non_blocking=True),
+            self.sizes.to(device),
+            self.matrices.to(device),
+            [b.to(device) for b in self.boxes],
+            [n.to(device) for n in self.labels],
+        )
+
+
+@dataclass
+class Batch:
+    """The images of one training step. `broken` names images that could not be read and were replaced by others."""
+
+    labeled: Views
+    weak: Views | None = None
+    strong: Views | None = None
+    broken: dict[str, list[str]] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        weak, strong = (v and v.to(device) for v in (self.weak, self.strong))
+        return replace(self, labeled=self.labeled.to(device), weak=weak, strong=strong)
+
+
+def batches(
+    labeled: CocoDataset, unlabeled: CocoDataset | None, settings: Settings, start: int, burn_in: int = 0
+) -> Iterator[Batch]:
+    """The batches of the steps `start .. training.iterations`.
+
+    Args:
+        labeled: images with boxes.
+        unlabeled: images; none: labelled batches only.
+        settings: batch sizes, views, seed, workers.
+        start: first step.
+        burn_in: first step with unlabelled images.
+
+    Raises:
+        UserError: the store can't be read, or not one readable image is left.
+    """
+    loader = DataLoader(
+        _Steps(labeled, unlabeled, settings, burn_in),
+        batch_size=None,
+        sampler=range(start, settings.training.iterations),
+        num_workers=settings.data.workers,
+        prefetch_factor=4 if settings.data.workers else None,
+        worker_init_fn=_one_thread,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Steps(Dataset):
+    """Item t is the batch of step t. Errors are handed over as values: a worker would wrap them in a traceback."""
+
+    def __init__(self, labeled: CocoDataset, unlabeled: CocoDataset | None, settings: Settings, burn_in: int) -> None:
+        self.labeled, self.unlabeled, self.settings, self.burn_in = labeled, unlabeled, settings, burn_in
+        self.cache: cachetools.LRUCache[str, bytes] = cachetools.LRUCache(settings.data.cache_mb * 2**20, getsizeof=len)
+        self.orders: cachetools.LRUCache[tuple[str, int], np.ndarray] = cachetools.LRUCache(4)
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            return self._batch(step)
+        except UserError as e:
+            return e
+
+    def _batch(self, step: int) -> Batch:
+        training, data = self.settings.training, self.settings.data
+        broken: dict[str, list[str]] = {}
+        views, boxes, labels = [], [], []
+        for slot in range(training.labeled_per_batch):
+            index, image = self._image(self.labeled, "labeled", step * training.labeled_per_batch + slot, broken)
+            view = labeled_view(image, np.random.default_rng([training.seed, step, slot]), data)
+            box, label = self.labeled.targets(index)
+            size = torch.tensor(view.image.size[::-1])
+            projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
+            keep = (projected[:, 2:] - projected[:, :2]).amin(1) > 1
+            views.append(view)
+            boxes.append(projected[keep])
+            labels.append(torch.from_numpy(label)[keep])
+        batch = Batch(_collate(views, boxes, labels), broken=broken)
+        if self.unlabeled is not None and step >= self.burn_in and training.unlabeled_per_batch:
+            weak, strong = [], []
+            for slot in range(training.unlabeled_per_batch):
+                _, image = self._image(self.unlabeled, "unlabeled", step * training.unlabeled_per_batch + slot, broken)
+                rng = np.random.default_rng([training.seed, step, training.labeled_per_batch + slot])
+                weak.append(weak_view(image, rng, data))
+                strong.append(strong_view(image, rng, data))
+            batch.weak, batch.strong = _collate(weak), _collate(strong)
+        return batch
+
+    def _image(
+        self, dataset: CocoDataset, part: str, position: int, broken: dict[str, list[str]]
+    ) -> tuple[int, Image.Image]:
+        """The image at a position of the endless shuffled sequence, or the next readable one."""
+        for offset in range(len(dataset)):
+            epoch, place = divmod(position + offset, len(dataset))
+            index = int(self._order(part, epoch, len(dataset))[place])
+            try:
+                return index, read_image(dataset, index, self._read)[0]
+            except (BadImage, storage.MissingFile) as e:
+                broken.setdefault(part, []).append(str(e))
+        raise UserError(f"{dataset.source}: not one of its {len(dataset)} images can be read; check the image folder")
+
+    def _read(self, uri: str) -> bytes:
+        if uri in self.cache:
+            return self.cache[uri]
+        data = storage.read_bytes(uri)
+        if len(data) <= self.cache.maxsize:
+            self.cache[uri] = data
+        return data
+
+    def _order(self, part: str, epoch: int, count: int) -> np.ndarray:
+        key = (part, epoch)
+        if key not in self.orders:
+            rng = np.random.default_rng([self.settings.training.seed, epoch, len(part)])
+            self.orders[key] = rng.permutation(count)
+        return self.orders[key]
+
+
+def pad(images: list[np.ndarray]) -> torch.Tensor:
+    """Stack images [h, w, 3] uint8 at the top left of a grey batch [B, 3, H, W] whose sides divide by 32."""
+    height, width = (max(-(-i.shape[axis] // STRIDE) * STRIDE for i in images) for axis in (0, 1))
+    batch = np.empty((len(images), height, width, 3), np.uint8)
+    batch[:] = PAD
+    for row, image in zip(batch, images, strict=True):
+        row[: image.shape[0], : image.shape[1]] = image
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def _collate(
+    views: list[View], boxes: list[torch.Tensor] | None = None, labels: list[torch.Tensor] | None = None
+) -> Views:
+    sizes = torch.tensor([v.image.size[::-1] for v in views])
+    matrices = torch.from_numpy(np.stack([v.matrix for v in views]))
+    return Views(pad([np.asarray(v.image) for v in views]), sizes, matrices, boxes or [], labels or [])
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

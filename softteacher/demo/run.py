@@ -1,0 +1,176 @@
+"""The main job on one machine: S3 store and Triton started, the pipeline run, the endpoint asked, all stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from softteacher import storage
+from softteacher.config import load_settings
+from softteacher.console import say, track
+from softteacher.data.coco import load_coco
+from softteacher.demo.digits import make_digits
+from softteacher.demo.servers import seaweedfs, triton
+from softteacher.errors import UserError
+from softteacher.serving.predict import predict, table
+
+PIPELINE = Path(__file__).parents[2] / "pipeline.py"
+BUCKET = "softteacher"
+DIGITS = ["data.horizontal_flip=0"]  # a mirrored digit is another sign
+
+
+def demo(
+    data: str | None, out: str, *, percent: float, preset: str | None, overrides: list[str], keep: bool = False
+) -> None:
+    """Run the pipeline on the embedded digits or on a user's COCO data set, and ask the deployed endpoint.
+
+    Args:
+        data: folder or `s3://` prefix with `images/` and `annotations/`; none: the digits.
+        out: local folder for everything the run makes.
+        percent: share of the training images that is labelled.
+        preset: of the training; none: `demo` for the digits, `small` for a user's own images.
+        overrides: settings, `key=value`.
+        keep: leave store and endpoint up until Ctrl-C.
+
+    Raises:
+        UserError: bad input, or a server can't be started here.
+    """
+    if not PIPELINE.is_file():
+        raise UserError(f"{PIPELINE}: not there; the demo runs in a checkout of the repository (git clone)")
+    name = "digits" if data is None else "detector"
+    preset = preset or ("demo" if data is None else "small")
+    overrides = [*(DIGITS if data is None else []), *overrides]
+    load_settings(preset, overrides)
+    if data is not None and not storage.is_s3(data) and not Path(data).is_dir():
+        raise UserError(f"{data}: no such folder; give one with images/ and annotations/ in COCO format")
+    folder = Path(out).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with _stopped_by_sigterm(), ExitStack() as servers:
+        if os.environ.get("AWS_ENDPOINT_URL_S3") or (data and storage.is_s3(data)):
+            base = f"{data}/../softteacher" if data and storage.is_s3(data) else f"s3://{BUCKET}"
+            base = "/".join(base.split("/")[:3])
+            say(f"store: yours, {os.environ.get('AWS_ENDPOINT_URL_S3', 'AWS')}, bucket {base}")
+        else:
+            store = servers.enter_context(seaweedfs(folder / "s3"))
+            os.environ.update(store.env)
+            if not storage.exists(f"s3://{BUCKET}"):
+                store.create_bucket(BUCKET)
+            base = f"s3://{BUCKET}"
+            say(f"store: SeaweedFS at {store.endpoint}")
+        if data is None:
+            make_digits(folder / "data")
+            data = str(folder / "data")
+            say(f"data: handwritten digits in cluttered scenes, look at {data}/images")
+        if not storage.is_s3(data):
+            data = _upload(data, f"{base}/data/{name}")
+        repository = f"{base}/triton"
+        url = os.environ.get("TRITON_URL")
+        if not url:
+            url = servers.enter_context(triton(repository, folder / "triton"))
+        say(f"server: Triton at {url}, models from {repository}")
+
+        steps = _run_pipeline(folder, {
+            "data": data,
+            "repository": repository,
+            "triton": url,
+            "name": name,
+            "percent": f"{percent:g}",
+            "preset": preset,
+            "triton-backend": "onnxruntime" if "TRITON_URL" in os.environ else "python",
+        }, overrides)  # fmt: skip
+
+        if "deploy" in steps:
+            image = load_coco(Path(steps["split"]["dataset"], "validation.json")).uri(0)
+            answer = predict([image], url, name, str(folder / "pictures"))
+            picture = folder / "pictures" / (Path(image).stem + ".jpg")
+        else:
+            answer, picture = [], None
+        print(_summary(steps, time.monotonic() - started))
+        if answer:
+            print(f"The endpoint about {image}, which it has not seen:\n{table(answer)}", end="")
+        else:
+            print("The gate kept the version that was live; the report says why.")
+        report = steps["evaluate"]["report"]
+        places = {"report": report, "model": steps["train"]["model"], "onnx": f"{steps['export']['onnx']}/model.onnx"}
+        for what, where in {**places, "picture": picture}.items():
+            print(f"{what:<8} {where}")
+        if keep:
+            print("\nThe endpoint is up until Ctrl-C:")
+            print(f"  softteacher predict --triton {url} --name {name} IMAGE ... --out pictures")
+            print(f"  curl {url}/v2/models/{name}", flush=True)
+            signal.pause()
+
+
+def _upload(data: str, target: str) -> str:
+    files = list(storage.list_files(data))
+    for file in track(files, "upload", len(files)):
+        storage.copy(storage.join(data, file.name), storage.join(target, file.name))
+    say(f"data: {len(files)} files -> {target}")
+    return target
+
+
+def _run_pipeline(folder: Path, parameters: dict[str, str], overrides: list[str]) -> dict[str, Any]:
+    """Run `pipeline.py run-local` in a process of its own: the library knows nothing of KFP."""
+    outputs = folder / "outputs.json"
+    command = [sys.executable, str(PIPELINE), "run-local", "--baseline", "--stratify", "--outputs", str(outputs)]
+    command += ["--pipeline-root", str(folder / "pipeline")]
+    for key, value in parameters.items():
+        command += [f"--{key}", value]
+    for override in overrides:
+        command += ["--set", override]
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+    try:
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+    if code == 2:
+        raise UserError("the pipeline stopped; the line above says why")
+    if code:
+        raise RuntimeError(f"the pipeline failed with exit code {code}; the lines above say where")
+    return dict(json.loads(outputs.read_text()))
+
+
+def _summary(steps: dict[str, Any], seconds: float) -> str:
+    base, ours = (
+        json.loads(Path(steps[s]["results"], "metrics.json").read_text()) for s in ("evaluate-baseline", "evaluate")
+    )
+    results = Table("", "AP", "AP50", title="Validation, same labels, same number of iterations")
+    # the baseline is what supervised training gives: its student
+    rows = {"supervised": base["student"], "student": ours["student"], "teacher": ours["teacher"]}
+    for name, metrics in rows.items():
+        results.add_row(name, f"{metrics['AP']:.3f}", f"{metrics['AP50']:.3f}")
+    times = Table("step", "seconds", title=f"{seconds:.0f} s in all")
+    for name, outputs in steps.items():
+        times.add_row(name, f"{outputs['seconds']:.0f}")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(times, results)
+    return capture.get()
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that every server is stopped."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,187 @@
+"""Faster R-CNN on a feature pyramid, in one class for training, evaluation and export.
+
+Everything between the networks is of fixed shape (top-k and masks instead of filtering), so that the graph that is
+exported is the one that was scored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from softteacher.config import DetectorSettings
+from softteacher.detections import Detections
+from softteacher.detectors.boxes import HEAD_STD, RPN_STD, anchors, clip, decode, nms_mask, pyramid_level
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+STRIDES = [4, 8, 16, 32, 64]
+POOL = 7
+CANDIDATES = 10  # scored boxes that enter the class-wise NMS, per detection that may leave it
+
+
+class RPNOutput(NamedTuple):
+    """Logits [B, A], deltas [B, A, 4] and anchors [A, 4] over all levels; `per_level` holds the anchors in each."""
+
+    logits: Tensor
+    deltas: Tensor
+    anchors: Tensor
+    per_level: list[int]
+
+
+class FasterRCNN(nn.Module):
+    """Two-stage detector.
+
+    Args:
+        backbone: four stages in a row, their outputs of strides 4, 8, 16, 32.
+        channels: the channels of these outputs.
+        classes: number of classes C; the background is logit C, the last one.
+        settings: widths, numbers of proposals, thresholds.
+    """
+
+    def __init__(self, backbone: nn.ModuleList, channels: list[int], classes: int, settings: DetectorSettings) -> None:
+        super().__init__()
+        self.settings, self.classes = settings, classes
+        self.bf16 = False
+        width, hidden = settings.fpn_channels, settings.head_channels
+        self.backbone = backbone
+        self.fpn = FeaturePyramidNetwork(channels, width, extra_blocks=LastLevelMaxPool())
+        self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
+        self.rpn_logits = nn.Conv2d(width, 3, 1)
+        self.rpn_deltas = nn.Conv2d(width, 12, 1)
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(width * POOL * POOL, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
+        self.head_logits = nn.Linear(hidden, classes + 1)
+        self.head_deltas = nn.Linear(hidden, classes * 4)
+        self.mean, self.std = nn.Buffer(_channels(MEAN), persistent=False), nn.Buffer(_channels(STD), persistent=False)
+        layers: list[nn.Conv2d | nn.Linear] = [self.rpn_conv, self.rpn_logits, self.rpn_deltas, self.head_logits]
+        for layer in (*layers, self.head_deltas):
+            nn.init.normal_(layer.weight, std=0.001 if layer is self.head_deltas else 0.01)
+        for module in self.head:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        for module in (*layers, self.head_deltas, *self.head):
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Pyramid maps P2 .. P6 [B, channels, H / stride, W / stride] of uint8 RGB images [B, 3, H, W]."""
+        x = (images.float() - self.mean) / self.std
+        x = x.contiguous(memory_format=torch.channels_last)
+        with self._autocast(images):
+            maps = {}
+            for n, stage in enumerate(self.backbone):
+                x = maps[str(n)] = stage(x)
+            return list(self.fpn(maps).values())
+
+    def rpn(self, features: list[Tensor]) -> RPNOutput:
+        """Objectness and box deltas of every anchor."""
+        logits, deltas = [], []
+        for feature in features:
+            with self._autocast(feature):
+                hidden = F.relu(self.rpn_conv(feature))
+                level_logits, level_deltas = self.rpn_logits(hidden), self.rpn_deltas(hidden)
+            logits.append(level_logits.float().permute(0, 2, 3, 1).flatten(1))
+            deltas.append(level_deltas.float().permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)))
+        shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
+        levels = anchors(shapes, STRIDES, self.settings.anchor_scale, features[0].device)
+        return RPNOutput(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(levels), [len(a) for a in levels])
+
+    @torch.no_grad()
+    def proposals(self, rpn: RPNOutput, sizes: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """The best boxes of the RPN after NMS in each level.
+
+        Args:
+            rpn: output of `rpn`.
+            sizes: [B, 2] (height, width) to clip to.
+            training: the number of proposals in training (also the teacher's), or at test.
+
+        Returns:
+            Boxes [B, P, 4], best first, and scores [B, P]; a score of 0 marks a place that is not used.
+        """
+        s = self.settings
+        pre_nms, count = (s.pre_nms_train, s.proposals_train) if training else (s.pre_nms_test, s.proposals_test)
+        boxes, scores = [], []
+        start = 0
+        for size in rpn.per_level:
+            logits, index = rpn.logits[:, start : start + size].topk(min(pre_nms, size), dim=1)
+            index = index + start
+            deltas = rpn.deltas.gather(1, index[..., None].expand(-1, -1, 4))
+            box = clip(decode(deltas, rpn.anchors[index], RPN_STD), sizes)
+            score = logits.sigmoid() * (box[..., 2:] > box[..., :2]).all(-1)
+            scores.append(score * nms_mask(box, score, torch.zeros_like(index), 0.7))
+            boxes.append(box)
+            start += size
+        all_boxes, all_scores = torch.cat(boxes, 1), torch.cat(scores, 1)
+        best, index = all_scores.topk(min(count, all_scores.shape[1]), dim=1)
+        return all_boxes.gather(1, index[..., None].expand(-1, -1, 4)), best
+
+    def box_head(self, features: list[Tensor], boxes: list[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits and box deltas of RoIs.
+
+        Args:
+            features: pyramid maps.
+            boxes: B x [n, 4] or [B, n, 4].
+
+        Returns:
+            Logits [R, C + 1] and deltas [R, C, 4], image by image.
+        """
+        # a tensor keeps the batch dimension symbolic in the exported graph, where a loop would fix it
+        if isinstance(boxes, Tensor):
+            image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(boxes.shape[:2]).flatten()
+            flat = boxes.flatten(0, 1)
+        else:
+            image = torch.cat([b.new_full((len(b),), n, dtype=torch.int64) for n, b in enumerate(boxes)])
+            flat = torch.cat(boxes)
+        rois = torch.cat([image[:, None].to(flat.dtype), flat], 1)
+        level = pyramid_level(flat, 4)
+        pooled = flat.new_zeros((len(flat), features[0].shape[1], POOL, POOL))
+        for n, (feature, stride) in enumerate(zip(features[:4], STRIDES, strict=False)):
+            here = torch.nonzero(level == n).flatten()
+            part = roi_align(feature.float(), rois[here], POOL, 1 / stride, self.settings.sampling_ratio, aligned=True)
+            pooled = pooled.index_copy(0, here, part)
+        with self._autocast(flat):
+            hidden = self.head(pooled)
+            logits, deltas = self.head_logits(hidden), self.head_deltas(hidden)
+        return logits.float(), deltas.float().unflatten(1, (self.classes, 4))
+
+    def detect(self, features: list[Tensor], sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Detections after class-wise NMS, padded to K = `max_detections`.
+
+        Args:
+            features: pyramid maps.
+            sizes: [B, 2] (height, width) of the images before padding.
+            training: with the number of proposals of training (the teacher's pseudo boxes).
+
+        Returns:
+            Boxes [B, K, 4], scores [B, K], labels [B, K] int64, best first; a score of 0 marks an unused place.
+        """
+        proposals, valid = self.proposals(self.rpn(features), sizes, training)
+        logits, deltas = self.box_head(features, proposals)
+        batch, count = valid.shape
+        scores = logits.softmax(-1)[:, :-1].reshape(batch, count, self.classes) * (valid > 0)[..., None]
+        boxes = clip(decode(deltas.unflatten(0, (batch, count)), proposals[:, :, None], HEAD_STD), sizes)
+        scores = (scores * (scores > self.settings.score_threshold)).flatten(1)
+        best, index = scores.topk(min(CANDIDATES * self.settings.max_detections, count * self.classes), dim=1)
+        boxes = boxes.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
+        labels = index % self.classes
+        kept = best * nms_mask(boxes, best, labels, self.settings.nms_threshold)
+        best, order = kept.topk(min(self.settings.max_detections, kept.shape[1]), dim=1)
+        return boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, labels.gather(1, order)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+        """Detect objects: uint8 RGB [B, 3, H, W] and [B, 2] sizes in, one `Detections` an image out."""
+        boxes, scores, labels = self.detect(self.features(images), sizes)
+        return [Detections(b, s, n)[s > 0] for b, s, n in zip(boxes, scores, labels, strict=True)]
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _channels(values: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(values).reshape(3, 1, 1)

@@ -1,0 +1,168 @@
+"""Assignment, sampling and the losses of a two-stage detector, as mmdetection 3.3.0 has them (checked in tests)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from softteacher.detectors.boxes import HEAD_STD, RPN_STD, encode
+
+
+def assign(
+    candidates: Tensor, boxes: Tensor, positive: float, negative: float, low_quality: bool, min_positive: float = 0.0
+) -> Tensor:
+    """Match candidates (anchors or proposals) to ground truth by IoU.
+
+    Args:
+        candidates: [N, 4].
+        boxes: [G, 4], possibly none.
+        positive: IoU from which a candidate is positive.
+        negative: IoU under which it is negative; in between it is ignored.
+        low_quality: every box takes the candidates of its highest IoU, if that is at least `min_positive`.
+        min_positive: see there.
+
+    Returns:
+        [N] int64: index of the matched box, -1 for negative, -2 for ignored.
+    """
+    matched = candidates.new_full((len(candidates),), -1, dtype=torch.int64)
+    if not len(boxes):
+        return matched
+    iou = box_iou(boxes, candidates)
+    best, index = iou.max(0)
+    matched[best >= negative] = -2
+    matched = torch.where(best >= positive, index, matched)
+    if low_quality:
+        highest = iou.amax(1)
+        for g in torch.nonzero(highest >= min_positive).flatten().tolist():
+            matched[iou[g] == highest[g]] = g
+    return matched
+
+
+def sample(matched: Tensor, count: int, positive_share: float) -> tuple[Tensor, Tensor]:
+    """Draw positives and negatives at random: at most `count` in all, at most the share of positives.
+
+    Returns:
+        Indices of the positives and of the negatives.
+    """
+    positives, negatives = torch.nonzero(matched >= 0).flatten(), torch.nonzero(matched == -1).flatten()
+    positives = _draw(positives, int(count * positive_share))
+    return positives, _draw(negatives, count - len(positives))
+
+
+class RPNTargets(NamedTuple):
+    """The sampled anchors of a batch: index into the flattened [B, A], is it an object, deltas of the positives."""
+
+    anchors: Tensor
+    objectness: Tensor
+    deltas: Tensor
+
+
+def rpn_targets(anchors: Tensor, sizes: Tensor, boxes: list[Tensor], count: int) -> RPNTargets:
+    """Sampled anchors for each image.
+
+    Args:
+        anchors: [A, 4], all levels.
+        sizes: [B, 2] (height, width); anchors centred in the padding are not used.
+        boxes: B x [n, 4].
+        count: anchors per image.
+    """
+    index, objectness, deltas = [], [], []
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    for n, (size, box) in enumerate(zip(sizes, boxes, strict=True)):
+        matched = assign(anchors, box, 0.7, 0.3, low_quality=True, min_positive=0.3)
+        matched = torch.where((centre < size.flip(0)).all(1), matched, -2)
+        positive, negative = sample(matched, count, 0.5)
+        index += [n * len(anchors) + positive, n * len(anchors) + negative]
+        objectness += [torch.ones(len(positive)), torch.zeros(len(negative))]
+        deltas.append(encode(box[matched[positive]], anchors[positive], RPN_STD))
+    return RPNTargets(torch.cat(index), torch.cat(objectness).to(anchors.device), torch.cat(deltas))
+
+
+def rpn_loss(logits: Tensor, deltas: Tensor, targets: RPNTargets) -> dict[str, Tensor]:
+    """Binary cross-entropy and L1, each summed over the sampled anchors and divided by their number.
+
+    Args:
+        logits: [B, A].
+        deltas: [B, A, 4].
+        targets: the sampled anchors.
+    """
+    count = max(len(targets.anchors), 1)
+    sampled = logits.reshape(-1)[targets.anchors]
+    positive = targets.anchors[targets.objectness > 0]
+    return {
+        "rpn_cls": F.binary_cross_entropy_with_logits(sampled, targets.objectness, reduction="sum") / count,
+        "rpn_box": (deltas.reshape(-1, 4)[positive] - targets.deltas).abs().sum() / count,
+    }
+
+
+class RoIs(NamedTuple):
+    """Sampled RoIs of a batch, image by image.
+
+    Attributes:
+        boxes: B x [n, 4].
+        labels: [R] int64; the background is class C.
+        targets: [R, 4] the matched box of a positive, the RoI itself otherwise.
+    """
+
+    boxes: list[Tensor]
+    labels: Tensor
+    targets: Tensor
+
+
+def sample_rois(
+    proposals: Tensor, valid: Tensor, boxes: list[Tensor], labels: list[Tensor], count: int, classes: int
+) -> RoIs:
+    """Assign and sample RoIs; the ground truth is added to the proposals.
+
+    Args:
+        proposals: [B, P, 4].
+        valid: [B, P] bool.
+        boxes: B x [n, 4] ground truth or pseudo boxes.
+        labels: B x [n].
+        count: RoIs per image, a quarter of them positive at most.
+        classes: number of classes C.
+    """
+    rois, roi_labels, targets = [], [], []
+    for proposal, real, box, label in zip(proposals, valid, boxes, labels, strict=True):
+        candidates = torch.cat([box, proposal[real]])
+        positive, negative = sample(assign(candidates, box, 0.5, 0.5, low_quality=False), count, 0.25)
+        index = torch.cat([positive, negative])
+        matched = assign(candidates[positive], box, 0.5, 0.5, low_quality=False)
+        rois.append(candidates[index])
+        roi_labels += [label[matched], label.new_full((len(negative),), classes)]
+        targets += [box[matched], candidates[negative]]
+    return RoIs(rois, torch.cat(roi_labels), torch.cat(targets))
+
+
+def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy, weighted: sum(w * CE) / max(sum(w), 1). Without weights the mean.
+
+    Args:
+        logits: [R, C + 1].
+        labels: [R] int64.
+        weights: [R], 1 for positives, the reliability for negatives (Soft Teacher).
+    """
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    if weights is None:
+        return loss.sum() / max(len(loss), 1)
+    return (loss * weights).sum() / weights.sum().clamp(min=1)
+
+
+def regression_loss(deltas: Tensor, rois: RoIs) -> Tensor:
+    """L1 between the deltas of the RoIs' own classes and their targets, over the number of sampled RoIs.
+
+    Args:
+        deltas: [R, C, 4].
+        rois: labels and matched boxes.
+    """
+    positive = torch.nonzero(rois.labels < deltas.shape[1]).flatten()
+    targets = encode(rois.targets[positive], torch.cat(rois.boxes)[positive], HEAD_STD)
+    return (deltas[positive, rois.labels[positive]] - targets).abs().sum() / max(len(rois.labels), 1)
+
+
+def _draw(index: Tensor, count: int) -> Tensor:
+    return index[torch.randperm(len(index), device=index.device)[:count]] if len(index) > count else index

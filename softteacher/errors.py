@@ -1,0 +1,8 @@
+"""The one exception that users see: bad input or a bad environment, told in one line."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong. The message says where, what, and what to do, in one line.
+
+    The CLI prints it and exits with code 2; in a pipeline step it is the last line of the log.
+    """

@@ -1,0 +1,54 @@
+"""Pictures of detections."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from softteacher.detections import Detections
+
+
+def draw(
+    image: Image.Image, detections: Detections, classes: Sequence[str], truth: Detections | None = None
+) -> Image.Image:
+    """A copy of an image with boxes, class names and scores; ground truth is dashed in white.
+
+    Args:
+        image: RGB.
+        detections: boxes in its pixels (numpy).
+        classes: names in label order.
+        truth: ground truth, if known.
+    """
+    zoom = max(1, round(480 / max(image.size)))  # small images are blown up, or no name could be read
+    picture = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
+    canvas = ImageDraw.Draw(picture)
+    unit = max(picture.size) / 480
+    font = ImageFont.load_default(size=round(13 * unit))
+    for box in truth.boxes.tolist() if truth else ():
+        _dashed(canvas, [v * zoom for v in box], round(max(1, unit)))
+    for box, score, label in zip(
+        detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+    ):
+        red, green, blue = (round(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 0.95))
+        x1, y1, x2, y2 = (v * zoom for v in box)
+        canvas.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=(red, green, blue), width=round(max(2, 2 * unit)))
+        text = f"{classes[label]} {score:.2f}"
+        left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+        y = max(0, y1 - (bottom - top) - 4)
+        canvas.rectangle((x1, y, x1 + right - left + 6, y + bottom - top + 4), fill=(red, green, blue))
+        luminance = 0.3 * red + 0.59 * green + 0.11 * blue
+        canvas.text((x1 + 3 - left, y + 2 - top), text, font=font, fill="black" if luminance > 140 else "white")
+    return picture
+
+
+def _dashed(canvas: ImageDraw.ImageDraw, box: Sequence[float], width: int) -> None:
+    x1, y1, x2, y2 = box
+    for ax, ay, bx, by in ((x1, y1, x2, y1), (x2, y1, x2, y2), (x2, y2, x1, y2), (x1, y2, x1, y1)):
+        length = max(abs(bx - ax), abs(by - ay), 1.0)
+        for start in range(0, int(length), 10 * width):
+            stop = min(start + 5 * width, length)
+            line = [ax + (bx - ax) * start / length, ay + (by - ay) * start / length]
+            line += [ax + (bx - ax) * stop / length, ay + (by - ay) * stop / length]
+            canvas.line(line, fill="white", width=width)

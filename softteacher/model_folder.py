@@ -1,0 +1,119 @@
+"""`ModelFolder`: one self-describing folder with teacher, student, settings, classes and where it all came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from softteacher import storage
+from softteacher.config import Settings, read_settings
+from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.detectors.build import build
+from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.errors import UserError
+
+Weights = Literal["teacher", "student"]
+WEIGHTS: tuple[Weights, Weights] = ("teacher", "student")
+
+
+class ModelFolder:
+    """A trained model on local disk.
+
+    Files: `teacher.pt`, `student.pt` (state dicts), `settings.yaml`, `classes.json`, `validation.json` (manifest),
+    `training.jsonl`, TensorBoard events, `metrics.json`, and `provenance.json`, which is written last and holds the
+    sha256 of the weights: a folder without it is torn.
+
+    Args:
+        path: local folder.
+
+    Raises:
+        UserError: it is torn, changed, or not a model folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "provenance.json").is_file():
+            what = "is torn (the training did not finish)" if (self.path / "settings.yaml").exists() else "is none"
+            raise UserError(f"{path}: {what}: no provenance.json; give the folder that `softteacher train` wrote")
+        self.provenance = self._json("provenance.json")
+        if not isinstance(self.provenance, dict) or not isinstance(self.provenance.get("sha256"), dict):
+            raise UserError(f"{path}: provenance.json is not ours; give the folder that `softteacher train` wrote")
+        for name, digest in self.provenance["sha256"].items():
+            file = self.path / Path(name).name
+            if not file.is_file() or sha256(file) != digest:
+                raise UserError(f"{file}: missing or changed since the training; copy the whole model folder again")
+        self.settings: Settings = read_settings(self.path / "settings.yaml")
+        classes = self._json("classes.json")
+        try:
+            self.categories: list[tuple[int, str]] = [(int(c["id"]), str(c["name"])) for c in classes]
+        except (TypeError, KeyError, ValueError):
+            raise UserError(f"{path}: classes.json is not ours; copy the whole model folder again") from None
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order."""
+        return [name for _, name in self.categories]
+
+    def detector(self, weights: Weights) -> FasterRCNN:
+        """The detector with the teacher's or the student's weights, in eval mode on the CPU.
+
+        Raises:
+            UserError: the weights don't fit the settings.
+        """
+        detector = build(self.settings.detector, len(self.categories), load_backbone=False)
+        file = self.path / f"{weights}.pt"
+        try:
+            detector.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as e:
+            raise UserError(
+                f"{file}: weights can't be loaded ({str(e).splitlines()[0]}); copy the folder again"
+            ) from None
+        return detector.eval()
+
+    def validation(self) -> CocoDataset:
+        """The validation set that the model was trained with."""
+        return load_coco(str(self.path / "validation.json"))
+
+    @staticmethod
+    def write(
+        path: Path,
+        student: torch.nn.Module,
+        teacher: torch.nn.Module,
+        settings: Settings,
+        validation: CocoDataset,
+        metrics: dict[str, Any],
+        provenance: dict[str, Any],
+    ) -> None:
+        """Write a model into a folder; `provenance.json` comes last."""
+        path.mkdir(parents=True, exist_ok=True)
+        for name, module in (("student", student), ("teacher", teacher)):
+            torch.save({k: v.cpu().contiguous() for k, v in module.state_dict().items()}, path / f"{name}.pt")
+        (path / "settings.yaml").write_text(settings.to_yaml())
+        (path / "classes.json").write_text(json.dumps([{"id": i, "name": n} for i, n in validation.categories]))
+        validation.save(path / "validation.json")
+        (path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        digests = {name: sha256(path / name) for name in ("student.pt", "teacher.pt", "settings.yaml", "classes.json")}
+        storage.write_bytes(path / "provenance.json", json.dumps({**provenance, "sha256": digests}, indent=1).encode())
+
+    def copy_provenance(self, folder: Path) -> None:
+        """Hand provenance and validation manifest on to what is made from this model."""
+        for name in ("provenance.json", "validation.json"):
+            shutil.copyfile(self.path / name, folder / name)
+
+    def _json(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError):
+            raise UserError(f"{self.path / name}: missing or broken json; copy the whole model folder again") from None
+
+
+def sha256(path: str | Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,99 @@
+"""The exported detector on ONNX Runtime: the reference that every server's answer is compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from softteacher.console import track
+from softteacher.data.check import read_image
+from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.images import letterbox
+from softteacher.detections import Detections
+from softteacher.errors import UserError
+from softteacher.evaluation.metrics import coco_metrics, coco_results
+from softteacher.serving.repository import OUTPUTS
+
+
+class OnnxDetector:
+    """An ONNX file of `softteacher export` with what its metadata says.
+
+    Args:
+        path: local path of `model.onnx`.
+
+    Raises:
+        UserError: it can't be loaded, or is not ours.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=onnxruntime.get_available_providers()
+            )
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.categories = [(int(c["id"]), str(c["name"])) for c in json.loads(metadata["classes"])]
+            how = json.loads(metadata["preprocessing"])
+            self.image_size: tuple[int, int] = (int(how["image_size"][0]), int(how["image_size"][1]))
+            self.short_side, self.long_side = int(how["short_side"]), int(how["long_side"])
+        except Exception as e:  # ONNX Runtime has a dozen exception classes of its own
+            raise UserError(f"{path}: not an ONNX file of `softteacher export` ({str(e).splitlines()[0]})") from None
+
+    def letterbox(self, image: Image.Image) -> tuple[np.ndarray, tuple[float, float]]:
+        """The canvas that the graph wants, and the scale; see `softteacher.data.images.letterbox`."""
+        return letterbox(image, self.image_size, self.short_side, self.long_side)
+
+    def run(self, canvases: np.ndarray) -> dict[str, np.ndarray]:
+        """The raw outputs for uint8 [B, H, W, 3]; see `softteacher.serving.export`."""
+        return dict(zip(OUTPUTS, self.session.run(list(OUTPUTS), {"images": canvases}), strict=True))
+
+
+def evaluate_onnx(path: str | Path, validation: str | Path | CocoDataset) -> dict[str, Any]:
+    """COCO metrics of an ONNX file on a validation manifest.
+
+    Raises:
+        UserError: the file is not ours, its classes are not those of the manifest, or an image can't be read.
+    """
+    detector = OnnxDetector(path)
+    dataset = validation if isinstance(validation, CocoDataset) else load_coco(validation)
+    if detector.categories != dataset.categories:
+        raise UserError(f"{path} and {dataset.source}: the class sets differ; they belong to different data sets")
+    return score_canvases(detector.run, detector, dataset, "onnxruntime")
+
+
+def score_canvases(
+    run: Callable[[np.ndarray], dict[str, np.ndarray]], detector: OnnxDetector, dataset: CocoDataset, title: str
+) -> dict[str, Any]:
+    """COCO metrics of whatever answers as the graph does, asked image by image on the graph's own canvas."""
+    found = {}
+    for index, record in track(enumerate(dataset.images), title, len(dataset)):
+        image = read_image(dataset, index)[0]
+        canvas, scale = detector.letterbox(image)
+        found[record.id] = to_detections(run(canvas[None]), 0, scale, image.size)
+    return coco_metrics(dataset, coco_results(dataset, found))
+
+
+def to_detections(
+    answer: dict[str, np.ndarray], index: int, scale: tuple[float, float], size: tuple[int, int]
+) -> Detections:
+    """One image of a batched answer as `Detections` in the pixels of the original image.
+
+    Args:
+        answer: the four outputs.
+        index: which image of the batch.
+        scale: (x, y) from original to canvas pixels.
+        size: (width, height) of the original, to clip to.
+    """
+    n = int(answer["num_detections"][index, 0])
+    boxes = answer["detection_boxes"][index, :n] / np.array([*scale, *scale], np.float32)
+    boxes = boxes.clip(0, np.array([*size, *size], np.float32))
+    labels = answer["detection_classes"][index, :n].astype(np.int64)
+    return Detections(boxes, answer["detection_scores"][index, :n].copy(), labels)

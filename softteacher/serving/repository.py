@@ -1,0 +1,221 @@
+"""The onnx folder that goes in, and the Triton model repository that comes out.
+
+{repository}/{name}/config.pbtxt        names the one live version
+                    champion.json       the champion pointer: which version, how good, on what data
+                    {version}/          model.onnx, model.py (python backend), and what a rollback needs:
+                                        config.pbtxt, record.json (its champion.json), smoke.npz
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from softteacher import storage
+from softteacher.errors import UserError
+
+Backend = Literal["python", "onnxruntime"]
+OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
+
+
+@dataclass(frozen=True)
+class OnnxFolder:
+    """What `export` wrote, checked.
+
+    Attributes:
+        path: the folder, local.
+        sha256: of model.onnx.
+        ap: ONNX Runtime's AP on the validation set.
+        validation_fingerprint: of that set.
+        provenance: as training wrote it.
+        image_size: height and width of the input.
+        max_detections: K, the rows of every output.
+        categories: `{"id", "name"}` in label order.
+        preprocessing: how an image becomes input.
+    """
+
+    path: Path
+    sha256: str
+    ap: float
+    validation_fingerprint: str
+    provenance: dict[str, Any]
+    image_size: tuple[int, int]
+    max_detections: int
+    categories: list[dict[str, Any]]
+    preprocessing: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The champion pointer: the live version of a model, and the older ones that a rollback can go to, newest first."""
+
+    name: str
+    version: int
+    previous: list[int]
+    ap: float
+    validation_fingerprint: str
+    onnx_sha256: str
+    deployed_at: str
+    provenance: dict[str, Any]
+
+    def to_json(self) -> bytes:
+        """As `champion.json` and `record.json` have it."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+
+def read_onnx_folder(path: Path) -> OnnxFolder:
+    """Check an onnx folder and read what deploying it needs.
+
+    Raises:
+        UserError: a file is missing or torn, or the ONNX file isn't valid, or not the one `parity.json` was made for.
+    """
+    again = "run `softteacher export` again"
+    for name in ("model.onnx", "parity.json", "smoke.npz", "provenance.json", "validation.json"):
+        if not (path / name).is_file():
+            raise UserError(f"{path}: no {name} in it; it is not the whole output of `softteacher export`")
+    parity, provenance, validation = (_json(path / f"{n}.json") for n in ("parity", "provenance", "validation"))
+    file = path / "model.onnx"
+    with file.open("rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 != parity.get("onnx_sha256"):
+        raise UserError(f"{file}: is not the file that parity.json was made for (sha256 differs); {again}")
+    try:
+        import onnx
+
+        onnx.checker.check_model(str(file))
+        graph = onnx.load(file, load_external_data=False)
+    except Exception as e:  # protobuf's and onnx's own errors share no base
+        raise UserError(f"{file}: not a valid ONNX file ({str(e).splitlines()[0]}); {again}") from None
+    outputs = {o.name for o in graph.graph.output}
+    if [i.name for i in graph.graph.input] != ["images"] or not outputs.issuperset(OUTPUTS):
+        raise UserError(f"{file}: needs the input images and the outputs {', '.join(OUTPUTS)}; {again}")
+    try:
+        facts = {p.key: json.loads(p.value) for p in graph.metadata_props if p.key != "name"}
+        height, width = facts["preprocessing"]["image_size"]
+        return OnnxFolder(
+            path=path,
+            sha256=sha256,
+            ap=float(parity["ap"]["onnxruntime"]),
+            validation_fingerprint=str(validation["softteacher"]["fingerprint"]),
+            provenance=provenance,
+            image_size=(int(height), int(width)),
+            max_detections=int(facts["max_detections"]),
+            categories=facts["classes"],
+            preprocessing=facts["preprocessing"],
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: model.onnx, parity.json or validation.json lacks {e}; {again}") from None
+
+
+def config(
+    model: OnnxFolder,
+    version: int,
+    *,
+    backend: Backend = "python",
+    gpu: bool = False,
+    max_batch_size: int = 8,
+    queue_delay_us: int = 2000,
+) -> str:
+    """The `config.pbtxt` that makes `version` the only one served.
+
+    Args:
+        model: the onnx folder of that version.
+        version: the live version.
+        backend: `python` runs the ONNX file by `triton_model.py`; `onnxruntime` is the Triton container's own.
+        gpu: run on the GPUs that Triton sees.
+        max_batch_size: images in one run of the detector.
+        queue_delay_us: how long a request may wait for others to share its batch.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    # a JSON string of ASCII is a string of protobuf's text format too
+    environment.filters["quoted"] = lambda value: json.dumps(json.dumps(value))
+    template = environment.from_string(Path(__file__).with_name("config.pbtxt.j2").read_text())
+    height, width = model.image_size
+    return template.render(
+        backend=backend,
+        version=version,
+        gpu=gpu,
+        height=height,
+        width=width,
+        max_detections=model.max_detections,
+        max_batch_size=max_batch_size,
+        preferred_batch_sizes=sorted({max(1, max_batch_size // 2), max_batch_size}),
+        queue_delay_us=queue_delay_us,
+        classes=model.categories,
+        preprocessing=model.preprocessing,
+    )
+
+
+def versions(repository: str, name: str) -> list[int]:
+    """The versions of a model that have files in the repository, ascending.
+
+    Raises:
+        UserError: the repository can't be read, e.g. there is no such bucket.
+    """
+    folder = storage.join(repository, name)
+    if not storage.exists(folder):
+        return []
+    folders = {file.name.split("/")[0] for file in storage.list_files(folder)}
+    return sorted(int(f) for f in folders if f.isdecimal())
+
+
+def read_champion(repository: str, name: str) -> Champion | None:
+    """The champion pointer of a model; none if it was never deployed.
+
+    Raises:
+        UserError: it can't be read, or is torn.
+    """
+    return _read_champion(storage.join(repository, name, "champion.json"))
+
+
+def read_record(repository: str, name: str, version: int) -> Champion | None:
+    """What the champion pointer said when `version` was deployed; none if it isn't in the repository any more."""
+    return _read_champion(storage.join(repository, name, str(version), "record.json"))
+
+
+def write_champion(repository: str, champion: Champion, if_match: str) -> None:
+    """Set the champion pointer, unless somebody else did meanwhile (on S3).
+
+    Args:
+        repository: the model repository.
+        champion: what to write.
+        if_match: `champion_etag` from before.
+
+    Raises:
+        storage.Conflict: somebody else did.
+        UserError: it can't be written.
+    """
+    storage.write_bytes(storage.join(repository, champion.name, "champion.json"), champion.to_json(), if_match=if_match)
+
+
+def champion_etag(repository: str, name: str) -> str:
+    """For `write_champion`; take it before `read_champion`."""
+    return storage.etag(storage.join(repository, name, "champion.json"))
+
+
+def _read_champion(uri: str) -> Champion | None:
+    try:
+        data = storage.read_bytes(uri)
+    except storage.MissingFile:
+        return None
+    try:
+        return Champion(**json.loads(data))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{uri}: torn, or not ours; restore it from record.json in the folder of the live version"
+        ) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise UserError(f"{path}: broken JSON ({e}); run `softteacher export` again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; run `softteacher export` again")
+    return value

@@ -1,0 +1,17 @@
+"""The teacher: an exponential moving average of the student (paper, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def ema_momentum(step: int, momentum: float) -> float:
+    """min(momentum, 1 - 1 / (step + 1)) for steps from 0: after the first the teacher is an exact copy."""
+    return min(momentum, 1 - 1 / (step + 1))
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only, in place."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

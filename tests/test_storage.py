@@ -1,0 +1,196 @@
+"""Storage, the same cases on the local disk and on a real S3 store."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from softteacher import storage
+from softteacher.errors import UserError
+
+
+@pytest.fixture(params=["local", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place to work in."""
+    return f"{request.getfixturevalue('s3')}/base" if request.param == "s3" else str(tmp_path / "base")
+
+
+def names(uri: str) -> list[str]:
+    return [f.name for f in storage.list_files(uri)]
+
+
+def test_round_trip(base: str) -> None:
+    for uri, data in ((f"{base}/a b/ü.bin", bytes(range(256)) * 50_000), (f"{base}/empty", b"")):
+        storage.write_bytes(uri, data)
+        assert storage.read_bytes(uri) == data
+    storage.write_bytes(f"{base}/empty", b"again")
+    assert storage.read_bytes(f"{base}/empty") == b"again"
+    assert list(storage.list_files(base)) == [("a b/ü.bin", 12_800_000), ("empty", 5)]
+
+
+def test_missing(base: str) -> None:
+    for call in (
+        storage.read_bytes,
+        lambda uri: storage.copy(uri, f"{base}/x"),
+        lambda u: storage.local_input(u).__enter__(),
+    ):
+        with pytest.raises(storage.MissingFile, match="missing"):
+            call(f"{base}/missing")
+    assert storage.etag(f"{base}/missing") == ""
+    assert not storage.exists(f"{base}/missing")
+    storage.remove(f"{base}/missing")
+
+
+def test_exists_takes_no_other_name_for_it(base: str) -> None:
+    for name in ("run-1/a", "run/b/c", "run.json"):
+        storage.write_bytes(f"{base}/{name}", b"x")
+    for name in ("run", "run/", "run/b", "run/b/c", "run.json", ""):
+        assert storage.exists(f"{base}/{name}"), name
+    for name in ("ru", "run/c", "run.jso", "run/b/c/d"):
+        assert not storage.exists(f"{base}/{name}"), name
+
+
+def test_list_files(base: str) -> None:
+    for name in ("z", "b/1", "b/10", "b/2", "b-x/1", "a/deep/er"):
+        storage.write_bytes(f"{base}/{name}", name.encode())
+    assert sorted(names(base)) == ["a/deep/er", "b-x/1", "b/1", "b/10", "b/2", "z"]
+    assert names(f"{base}/b") == ["1", "10", "2"]
+    assert names(f"{base}/b/") == ["1", "10", "2"]
+    assert names(f"{base}/nothing") == []
+
+
+def test_copy_in_all_directions(base: str, s3: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{base}/from/a", b"1")
+    storage.write_bytes(f"{base}/from/b/c", b"2" * 9_000_000)
+    for target in (f"{s3}/copy", str(tmp_path / "copy")):
+        storage.copy(f"{base}/from", target)
+        assert names(target) == ["a", "b/c"]
+        storage.copy(f"{target}/b/c", f"{base}/one/file")
+        assert storage.read_bytes(f"{base}/one/file") == b"2" * 9_000_000
+
+
+def test_remove(base: str) -> None:
+    for name in ("d/a", "d/b/c", "d-other", "file"):
+        storage.write_bytes(f"{base}/{name}", b"x")
+    storage.remove(f"{base}/d")
+    assert sorted(names(base)) == ["d-other", "file"]
+    storage.remove(f"{base}/file")
+    assert names(base) == ["d-other"]
+    storage.remove(base)
+    assert not storage.exists(base)
+
+
+def test_remove_a_whole_bucket_s_files(s3: str) -> None:
+    storage.write_bytes(f"{s3}/a/b", b"x")
+    storage.remove(s3)
+    assert names(s3) == []
+
+
+def test_local_input(base: str) -> None:
+    storage.write_bytes(f"{base}/in/a", b"1")
+    storage.write_bytes(f"{base}/in/b/c", b"2")
+    with storage.local_input(f"{base}/in") as folder:
+        assert (folder / "b" / "c").read_bytes() == b"2"
+    with storage.local_input(f"{base}/in/a") as file:
+        assert (file.name, file.read_bytes()) == ("a", b"1")
+    assert folder.exists() is not base.startswith("s3://")
+    assert storage.read_bytes(f"{base}/in/a") == b"1"
+
+
+def test_output_folder_publishes_all_or_nothing(base: str) -> None:
+    storage.write_bytes(f"{base}/out/old", b"old")
+    storage.write_bytes(f"{base}/out/metrics.json", b"old")
+
+    def fail_half_way(folder: Path) -> None:
+        (folder / "metrics.json").write_bytes(b"half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), storage.output_folder(f"{base}/out") as folder:
+        fail_half_way(folder)
+    assert not folder.exists()
+    assert storage.read_bytes(f"{base}/out/metrics.json") == b"old"
+    with storage.output_folder(f"{base}/out") as folder:
+        (folder / "metrics.json").write_bytes(b"new")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x").write_bytes(b"x")
+        assert storage.read_bytes(f"{base}/out/metrics.json") == b"old"
+    assert not folder.exists()
+    assert sorted(names(f"{base}/out")) == ["metrics.json", "old", "sub/x"]
+    assert storage.read_bytes(f"{base}/out/metrics.json") == b"new"
+
+
+def test_output_folder_in_a_file_s_place(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="is a file, but a folder"), storage.output_folder(tmp_path / "out"):
+        pass
+    assert names(str(tmp_path)) == ["out"]
+
+
+def test_conditional_write(s3: str) -> None:
+    uri = f"{s3}/pointer.json"
+    storage.write_bytes(uri, b"1", if_match="")
+    with pytest.raises(storage.Conflict, match="somebody else wrote it"):
+        storage.write_bytes(uri, b"2", if_match="")
+    etag = storage.etag(uri)
+    storage.write_bytes(uri, b"3", if_match=etag)
+    with pytest.raises(storage.Conflict):
+        storage.write_bytes(uri, b"4", if_match=etag)
+    assert storage.read_bytes(uri) == b"3"
+
+
+def test_one_of_many_conditional_writes_wins(s3: str) -> None:
+    won = []
+
+    def write(i: int) -> None:
+        try:
+            storage.write_bytes(f"{s3}/claim", str(i).encode(), if_match="")
+            won.append(i)
+        except storage.Conflict:
+            pass
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read_bytes(f"{s3}/claim") == str(won[0]).encode()
+
+
+def test_what_the_user_is_told_about_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(storage.MissingFile, match="s3://no-such-bucket-here/a: no such bucket"):
+        storage.read_bytes("s3://no-such-bucket-here/a")
+    with pytest.raises(UserError, match="no such bucket"):
+        list(storage.list_files("s3://no-such-bucket-here/a"))
+    with pytest.raises(UserError, match="no bucket in the S3 URI; write s3://bucket/key"):
+        storage.read_bytes("s3:///a")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(UserError, match=rf"{s3}/a: S3 refused access \(SignatureDoesNotMatch\)"):
+            storage.read_bytes(f"{s3}/a")
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        with pytest.raises(UserError, match=r"S3 refused access \(InvalidAccessKeyId\)"):
+            list(storage.list_files(s3))
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+        with pytest.raises(UserError, match=r"S3 at http://127\.0\.0\.1:9 can't be reached; check AWS_ENDPOINT_URL_S3"):
+            storage.exists(f"{s3}/a")
+    assert not storage.exists(f"{s3}/a")
+
+
+def test_what_the_user_is_told_about_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file: file exists; check the path"):
+        storage.write_bytes(tmp_path / "file" / "below", b"x")
+    with pytest.raises(UserError, match="not a directory; check the path"):
+        storage.read_bytes(tmp_path / "file" / "below")
+    with pytest.raises(UserError, match="is a directory; check the path"):
+        storage.read_bytes(tmp_path)
+    assert names(str(tmp_path)) == ["file"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "from").write_bytes(b"x" * 100_000)
+    with pytest.raises(UserError, match="the disk is full; free some space"):
+        storage.copy(tmp_path / "from", "/dev/full")

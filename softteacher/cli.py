@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import traceback
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -192,7 +192,7 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -200,10 +200,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except Exception:
-        log = Path("softteacher-error.log")
-        log.write_text(f"{sys.argv}\n{traceback.format_exc()}")
-        last = traceback.format_exc().strip().splitlines()[-1]
-        print(f"internal error: {last} (details in {log.absolute()}; please report it)", file=sys.stderr)
+        trace = traceback.format_exc()
+        try:
+            with tempfile.NamedTemporaryFile("w", prefix="softteacher-error-", suffix=".log", delete=False) as log:
+                log.write(f"{sys.argv}\n{trace}")
+            where = f"details in {log.name}"
+        except OSError as e:
+            where = f"details could not be written: {e.strerror}"
+        print(f"internal error: {trace.strip().splitlines()[-1]} ({where}; please report it)", file=sys.stderr)
         sys.exit(1)
 
 

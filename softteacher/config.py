@@ -6,21 +6,30 @@ The defaults are the paper's partially-labelled setting in the form of the autho
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from softteacher.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=32, le=8192)]
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are no value of this setting")
+        return value
 
 
 class DataSettings(_Group):
@@ -119,8 +128,8 @@ class MethodSettings(_Group):
 class TrainingSettings(_Group):
     """Optimisation."""
 
-    iterations: int = Field(180_000, ge=1, description="optimizer steps")
-    seed: int = Field(0, ge=0, description="of weights, samplers, views and jitter")
+    iterations: int = Field(180_000, ge=1, le=10**9, description="optimizer steps")
+    seed: int = Field(0, ge=0, lt=2**32, description="of weights, samplers, views and jitter")
     labeled_per_batch: int = Field(1, ge=1, description="labelled images per step and process")
     unlabeled_per_batch: int = Field(4, ge=0, description="unlabelled images per step and process")
     optimizer: Literal["sgd", "adamw"] = Field(
@@ -147,7 +156,7 @@ class TrainingSettings(_Group):
 class ExportSettings(_Group):
     """The ONNX file."""
 
-    image_size: tuple[int, int] | None = Field(
+    image_size: tuple[Side, Side] | None = Field(
         None, description="height and width of the input; none: what holds every validation image at its test size"
     )
     max_ap_loss: float = Field(0.005, ge=0, le=1, description="an export that loses more AP than this is refused")
@@ -214,7 +223,7 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
             raise UserError(f"--set {key}: no such setting{_nearest(key, known)}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # a date like 2001-13-45 is a ValueError
             raise UserError(f"--set {override}: the value can't be read; quote it as YAML") from None
         if isinstance(value, str):
             value = _as_number(value)
@@ -233,7 +242,7 @@ def read_settings(path: str | Path) -> Settings:
 
     try:
         tree = yaml.safe_load(storage.read_bytes(path))
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(
             f"{path}: not valid YAML; take the file that `train` wrote ({str(e).splitlines()[0]})"
         ) from None
@@ -254,7 +263,7 @@ def _validated(tree: dict[str, Any], where: str) -> Settings:
                 str(first["input"]), [x.strip("'") for x in first["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             )
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {key} = {first.get('input')!r}: {message}{hint}") from None
+        raise UserError(f"{where}: {key} = {reprlib.repr(first['input'])}: {message}{hint}") from None
 
 
 def _as_number(text: str) -> Any:
@@ -266,8 +275,6 @@ def _as_number(text: str) -> Any:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     tail = [k for k in known if k.endswith("." + word)]  # `--set iterations=5`
-    if tail or close:
-        return f"; did you mean {(tail or close)[0]}?"
-    return f"; there are {', '.join(known)}" if len(known) < 12 else "; `softteacher config` lists them all"
+    close = tail or difflib.get_close_matches(word, known, n=1, cutoff=0.4 if len(known) < 12 else 0)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"

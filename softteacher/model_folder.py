@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from softteacher.errors import UserError
 
 Weights = Literal["teacher", "student"]
 WEIGHTS: tuple[Weights, Weights] = ("teacher", "student")
+FILES = ("student.pt", "teacher.pt", "settings.yaml", "classes.json")
 
 
 class ModelFolder:
@@ -39,20 +39,20 @@ class ModelFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "provenance.json").is_file():
-            what = "is torn (the training did not finish)" if (self.path / "settings.yaml").exists() else "is none"
-            raise UserError(f"{path}: {what}: no provenance.json; give the folder that `softteacher train` wrote")
+            what = "torn" if (self.path / "settings.yaml").exists() else "no model folder"
+            raise UserError(f"{path}: is {what}: no provenance.json; give the folder that `softteacher train` wrote")
         self.provenance = self._json("provenance.json")
         if not isinstance(self.provenance, dict) or not isinstance(self.provenance.get("sha256"), dict):
             raise UserError(f"{path}: provenance.json is not ours; give the folder that `softteacher train` wrote")
-        for name, digest in self.provenance["sha256"].items():
-            file = self.path / Path(name).name
-            if not file.is_file() or sha256(file) != digest:
+        for name in FILES:
+            file = self.path / name
+            if not file.is_file() or sha256(file) != self.provenance["sha256"].get(name):
                 raise UserError(f"{file}: missing or changed since the training; copy the whole model folder again")
         self.settings: Settings = read_settings(self.path / "settings.yaml")
         classes = self._json("classes.json")
         try:
             self.categories: list[tuple[int, str]] = [(int(c["id"]), str(c["name"])) for c in classes]
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise UserError(f"{path}: classes.json is not ours; copy the whole model folder again") from None
 
     @property
@@ -70,10 +70,9 @@ class ModelFolder:
         file = self.path / f"{weights}.pt"
         try:
             detector.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as e:
-            raise UserError(
-                f"{file}: weights can't be loaded ({str(e).splitlines()[0]}); copy the folder again"
-            ) from None
+        except Exception as e:  # a file that isn't ours can make the unpickler raise anything
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            raise UserError(f"{file}: weights can't be loaded ({why}); copy the whole model folder again") from None
         return detector.eval()
 
     def validation(self) -> CocoDataset:
@@ -98,7 +97,7 @@ class ModelFolder:
         (path / "classes.json").write_text(json.dumps([{"id": i, "name": n} for i, n in validation.categories]))
         validation.save(path / "validation.json")
         (path / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        digests = {name: sha256(path / name) for name in ("student.pt", "teacher.pt", "settings.yaml", "classes.json")}
+        digests = {name: sha256(path / name) for name in FILES}
         storage.write_bytes(path / "provenance.json", json.dumps({**provenance, "sha256": digests}, indent=1).encode())
 
     def copy_provenance(self, folder: Path) -> None:
@@ -109,7 +108,7 @@ class ModelFolder:
     def _json(self, name: str) -> Any:
         try:
             return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise UserError(f"{self.path / name}: missing or broken json; copy the whole model folder again") from None
 
 

@@ -94,9 +94,9 @@ def etag(uri: str | Path) -> str:
 
 def exists(uri: str | Path) -> bool:
     """Whether there is a file, or a folder (prefix) with files, at `uri`."""
-    if not is_s3(uri):
-        return Path(uri).exists()
     with _explained(uri):
+        if not is_s3(uri):
+            return Path(uri).exists()
         bucket, key = _split(uri)
         key = key.rstrip("/")
         for prefix in (key, key + "/") if key else ("",):
@@ -285,8 +285,10 @@ def _explained(uri: str | Path) -> Iterator[None]:
         raise MissingFile(f"{e.filename or uri}: no such file or folder; check the path") from e
     except PermissionError as e:
         raise UserError(f"{e.filename or uri}: permission denied; check owner and mode") from e
-    except (IsADirectoryError, NotADirectoryError, FileExistsError) as e:
-        raise UserError(f"{e.filename or uri}: {(e.strerror or 'wrong kind of path').lower()}; check the path") from e
+    except (IsADirectoryError, NotADirectoryError) as e:
+        raise MissingFile(f"{e.filename or uri}: {(e.strerror or '').lower()}; check the path") from e
+    except FileExistsError as e:
+        raise UserError(f"{e.filename or uri}: is a file where a folder is needed; choose another place") from e
     except NoCredentialsError as e:
         raise UserError(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from e
     except (ConnectionError, HTTPClientError) as e:
@@ -307,6 +309,8 @@ def _explained(uri: str | Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise UserError(f"{e.filename or uri}: the disk is full; free some space or choose another place") from e
+        if e.errno in {errno.ENAMETOOLONG, errno.ELOOP}:
+            raise MissingFile(f"{e.filename or uri}: {(e.strerror or '').lower()}; check the path") from e
         if e.errno == errno.EROFS:
             raise UserError(f"{e.filename or uri}: the file system is read-only; choose another place") from e
         raise

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,16 +27,28 @@ def square_image(box: tuple[int, int, int, int], width: int = SIZE[1], height: i
     return image
 
 
-def square_detector(path: Path, *, score: float = 0.9, label: int = 1, foreign_op: bool = False) -> Path:
+def square_detector(
+    path: Path,
+    *,
+    size: tuple[int, int] = SIZE,
+    categories: list[dict] = CATEGORIES,
+    score: float = 0.9,
+    label: int = 1,
+    margin: float = 0,
+    foreign_op: bool = False,
+) -> Path:
     """An ONNX detector with the project's inputs and outputs that finds the bounding box of all white pixels.
 
     Args:
         path: file to write.
+        size: height and width of the input.
+        categories: what its labels mean.
         score: of what it finds.
         label: of what it finds.
+        margin: pixels by which its boxes are too large on each side.
         foreign_op: add an operator that no runtime knows (the onnx checker passes it).
     """
-    (height, width), k = SIZE, 5
+    (height, width), k = size, 5
     constants = {
         "channels": np.array([3]),
         "rows": np.array([1]),
@@ -49,6 +62,7 @@ def square_detector(path: Path, *, score: float = 0.9, label: int = 1, foreign_o
         "y_high": np.arange(1, height + 1, dtype=np.float32)[None],
         "pad_rows": np.array([0, 0, 0, k - 1]),
         "pad_boxes": np.array([0, 0, 0, 0, k - 1, 0]),
+        "margin": np.float32([[-margin, -margin, margin, margin]]),
         "score": np.float32(score),
         "label": np.float32(label),
     }
@@ -73,7 +87,8 @@ def square_detector(path: Path, *, score: float = 0.9, label: int = 1, foreign_o
         node("ReduceMax", ["x_found", "rows"], ["found"]),  # [B, 1]: 1 or 0
         node("Cast", ["found"], ["num_detections"], to=TensorProto.INT32),
         node("Concat", ["x1", "y1", "x2", "y2"], ["corners"], axis=1),
-        node("Mul", ["corners", "found"], ["box"]),
+        node("Add", ["corners", "margin"], ["wider"]),
+        node("Mul", ["wider", "found"], ["box"]),
         node("Unsqueeze", ["box", "rows"], ["boxes"]),
         node("Pad", ["boxes", "pad_boxes"], ["detection_boxes"]),
         node("Mul", ["found", "score"], ["scores"]),
@@ -98,11 +113,11 @@ def square_detector(path: Path, *, score: float = 0.9, label: int = 1, foreign_o
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    preprocessing = {"image_size": SIZE, "short_side": 64, "long_side": 96, "pad": [124, 116, 104]}
+    preprocessing = {"image_size": size, "short_side": height, "long_side": width, "pad": [124, 116, 104]}
     helper.set_model_props(
         model,
         {
-            "classes": json.dumps(CATEGORIES),
+            "classes": json.dumps(categories),
             "preprocessing": json.dumps(preprocessing),
             "max_detections": str(k),
         },
@@ -119,25 +134,18 @@ def run_onnx(path: Path, images: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(OUTPUTS, session.run(OUTPUTS, {"images": images}), strict=True))
 
 
-def onnx_folder(
-    path: Path,
-    *,
-    score: float = 0.9,
-    label: int = 1,
-    ap: float = 0.5,
-    validation: Path | None = None,
-) -> Path:
+def onnx_folder(path: Path, *, ap: float = 0.5, validation: Path | None = None, **detector: Any) -> Path:
     """An onnx folder as `export` writes it, around a `square_detector`.
 
     Args:
         path: the folder.
-        score: of the detector.
-        label: of the detector.
         ap: what parity.json says.
         validation: a validation manifest; none: just a fingerprint.
+        detector: for `square_detector`.
     """
-    file = square_detector(path / "model.onnx", score=score, label=label)
-    images = np.stack([square_image((5 + i, 10, 30 + 9 * i, 40 + i)) for i in range(4)])
+    file = square_detector(path / "model.onnx", **detector)
+    height, width = detector.get("size", SIZE)
+    images = np.stack([square_image((5 + i, 10, 30 + 9 * i, 40 + i), width, height) for i in range(4)])
     np.savez_compressed(path / "smoke.npz", images=images, **run_onnx(file, images))
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     parity = {"ap": {"onnxruntime": ap, "pytorch": ap}, "batch_1": {}, "batch_4": {}, "onnx_sha256": sha256}

@@ -180,7 +180,7 @@ def test_what_the_user_is_told_about_s3(s3: str, monkeypatch: pytest.MonkeyPatch
 
 def test_what_the_user_is_told_about_the_disk(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="file: file exists; check the path"):
+    with pytest.raises(UserError, match="file: is a file where a folder is needed"):
         storage.write_bytes(tmp_path / "file" / "below", b"x")
     with pytest.raises(UserError, match="not a directory; check the path"):
         storage.read_bytes(tmp_path / "file" / "below")

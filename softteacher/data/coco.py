@@ -9,7 +9,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from reprlib import repr as show
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -197,16 +198,18 @@ def load_coco(source: str | Path, root: str | None = None, *, labeled: bool = Tr
     raw = storage.read_bytes(source)
     try:
         tree = json.loads(raw)
-    except ValueError as e:
-        raise UserError(f"{source}: broken json ({e}); write the file again") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{source}: broken json ({str(e).splitlines()[0]}); write the file again") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{source}: a COCO json is an object with images, annotations and categories")
+        raise UserError(f"{source}: holds {show(tree)}; a COCO json is an object with images, annotations, categories")
     for key in ("images", "annotations", "categories"):
         if key not in tree and (labeled or key == "images"):
             raise UserError(f"{source}: no key {key!r}; a COCO json has images, annotations and categories")
-        if not isinstance(tree.get(key, []), list) or not all(isinstance(x, dict) for x in tree.get(key, [])):
-            raise UserError(f"{source}: {key!r} must be a list of objects")
-    if not tree["images"]:
+        rows = tree.get(key, [])
+        odd = [rows] if not isinstance(rows, list) else [x for x in rows if not isinstance(x, dict)]
+        if odd:
+            raise UserError(f"{source}: {key!r} must be a list of objects, not {show(odd[0])}; write the file again")
+    if labeled and not tree["images"]:
         raise UserError(f"{source}: no images in it; take a data set that has some")
     categories = _categories(source, tree.get("categories", []))
     if labeled and not categories:
@@ -215,9 +218,10 @@ def load_coco(source: str | Path, root: str | None = None, *, labeled: bool = Tr
     annotations = _annotations(source, tree.get("annotations", []), images, categories)
     if labeled and not (~annotations.crowd).any():
         raise UserError(f"{source}: not one labelled box in it; a detector needs some, check the annotations")
-    info = tree.get("softteacher")
-    if root is None and isinstance(info, dict) and isinstance(info.get("root"), str):
-        root = info["root"]
+    if root is None and "softteacher" in tree:
+        root = tree["softteacher"].get("root") if isinstance(tree["softteacher"], dict) else None
+        if not _is_root(root):
+            raise UserError(f"{source}: 'softteacher' is {show(tree['softteacher'])}; {_ROOT_RULE}")
     return CocoDataset(images, categories, annotations, root or find_images(source, images), source)
 
 
@@ -243,15 +247,15 @@ def find_images(source: str, images: list[ImageRecord]) -> str:
     base = folder.rsplit("/", 1)[0] if "/" in folder.removeprefix("s3://") else "."
     places = [f"{base}/images/{split}", f"{base}/images", f"{base}/{split}", base, f"{folder}/images", folder]
     for place in places:
-        if any(storage.exists(storage.join(place, i.file_name)) for i in images[:5]):
+        if not images or any(storage.exists(storage.join(place, i.file_name)) for i in images[:5]):
             return place if storage.is_s3(place) else str(Path(place).absolute())
     raise UserError(f"{source}: its images are not found (looked in {', '.join(places)}); put them into {places[1]}")
 
 
 def _categories(source: str, rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    for row in rows:
-        if not _is_int(row.get("id")) or not isinstance(row.get("name"), str):
-            raise UserError(f"{source}: category {row.get('id')!r}: needs an integer 'id' and a string 'name'")
+    for n, row in enumerate(rows):
+        if not _is_int(row.get("id")) or not _is_text(row.get("name")):
+            raise UserError(f"{source}: {_named('category', n, row)}: needs an integer 'id' and a string 'name'")
     found = sorted((row["id"], row["name"]) for row in rows)
     for what, values in (("id", [i for i, _ in found]), ("name", [n for _, n in found])):
         if twice := _duplicate(values):
@@ -261,19 +265,21 @@ def _categories(source: str, rows: list[dict[str, Any]]) -> list[tuple[int, str]
 
 def _images(source: str, rows: list[dict[str, Any]], labeled: bool) -> list[ImageRecord]:
     images = []
-    for row in rows:
-        where = f"{source}: image {row.get('id')!r}"
+    for n, row in enumerate(rows):
+        where = f"{source}: {_named('image', n, row)}"
         if not _is_int(row.get("id")):
-            raise UserError(f"{where}: 'id' must be an integer")
+            raise UserError(f"{where}: 'id' is {show(row.get('id'))}; it must be an integer")
         name = row.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: 'file_name' must be a string")
+        if not _is_text(name, "surrogateescape"):
+            raise UserError(f"{where}: file_name is {show(name)}; it must be the path of a file in the image folder")
         if name.startswith("/") or "\\" in name or "\0" in name or ".." in PurePosixPath(name).parts:
             raise UserError(f"{where}: file_name {name!r} leaves the image folder; write it relative to that folder")
         if labeled or "width" in row or "height" in row:
             for key in ("width", "height"):
                 if not _is_int(row.get(key)) or row[key] <= 0:
-                    raise UserError(f"{where}: {key!r} is {row.get(key)!r}; it must be a positive integer")
+                    raise UserError(f"{where}: {key!r} is {show(row.get(key))}; it must be a positive integer")
+        if row.get("root") is not None and not _is_root(row["root"]):
+            raise UserError(f"{where}: 'root' is {show(row['root'])}; {_ROOT_RULE}")
         images.append(ImageRecord(row["id"], name, row.get("width", 0), row.get("height", 0), row.get("root")))
     images.sort(key=lambda i: i.id)
     if twice := _duplicate([i.id for i in images]):
@@ -286,9 +292,9 @@ def _annotations(
 ) -> Annotations:
     index = {image.id: n for n, image in enumerate(images)}
     label = {i: n for n, (i, _) in enumerate(categories)}
-    for row in rows:
+    for n, row in enumerate(rows):
         if not _well_formed(row, index, label):
-            raise UserError(f"{source}: annotation {row.get('id')!r}: {_complaint(row, index, label)}")
+            raise UserError(f"{source}: {_named('annotation', n, row)}: {_complaint(row, index, label)}")
     n = len(rows)
     image_index = np.fromiter((index[r["image_id"]] for r in rows), np.int64, n)
     order = np.argsort(image_index, kind="stable")
@@ -317,9 +323,7 @@ def _repaired(source: str, a: Annotations, images: list[ImageRecord]) -> Annotat
         whole = np.isclose(a.area, a.bbox[:, 2] * a.bbox[:, 3]) & outside
         a.bbox[outside] = np.concatenate([inside_low, inside_high - inside_low], 1)[outside]
         a.area[whole] = a.bbox[whole, 2] * a.bbox[whole, 3]
-        say(
-            f"{source}: {outside.sum()} boxes reached out of their image and were clipped (ids {_some(a.ids[outside])})"
-        )
+        say(f"{source}: {outside.sum()} boxes reached out of the image and were clipped (ids {_some(a.ids[outside])})")
     if bad.any():
         say(f"{source}: {bad.sum()} boxes without an area inside their image were dropped (ids {_some(a.ids[bad])})")
         a = a.select(np.flatnonzero(~bad))
@@ -347,20 +351,39 @@ def _complaint(row: dict[str, Any], index: dict[int, int], label: dict[int, int]
         if key not in row:
             return f"no key {key!r}; every annotation needs one"
         if not _is_int(row[key]):
-            return f"{key} is {row[key]!r}; it must be an integer"
+            return f"{key} is {show(row[key])}; it must be an integer"
         if row[key] not in known:
             return f"{key} {row[key]} is no {what} of this file; add the {what} or drop the annotation"
     if not _is_int(row.get("id")):
-        return "'id' must be an integer"
+        return f"'id' is {show(row.get('id'))}; it must be an integer"
     if row.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd is {row['iscrowd']!r}; it must be 0 or 1"
+        return f"iscrowd is {show(row['iscrowd'])}; it must be 0 or 1"
     if not _is_number(row.get("area", 0)):
-        return f"area is {row['area']!r}; it must be a number"
-    return f"bbox is {row.get('bbox')!r}; it must be four finite numbers x, y, width, height"
+        return f"area is {show(row['area'])}; it must be a number"
+    return f"bbox is {show(row.get('bbox'))}; it must be four finite numbers x, y, width, height"
+
+
+_ROOT_RULE = "its 'root' must be an absolute path or an s3:// URI; run `softteacher split` again"
+
+
+def _is_root(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and value.startswith(("/", "s3://")) and "\0" not in value
+
+
+def _is_text(value: Any, errors: str = "strict") -> TypeGuard[str]:
+    """A string of sane length that can be written; `surrogateescape`: a file name, of whatever bytes."""
+    try:
+        return isinstance(value, str) and 0 < len(value.encode(errors=errors)) <= 1024
+    except UnicodeEncodeError:
+        return False
+
+
+def _named(kind: str, position: int, row: dict[str, Any]) -> str:
+    return f"{kind} {row['id']}" if _is_int(row.get("id")) else f"{kind} at position {position} of its list"
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
 
 
 def _is_number(value: Any) -> bool:

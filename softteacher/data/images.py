@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from softteacher import storage
 from softteacher.errors import UserError
 
+ROTATED = "EXIF rotation"
 MAX_PIXELS = 100_000_000
 PAD = (124, 116, 104)  # the ImageNet mean colour: about zero after normalisation
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -25,7 +26,7 @@ class BadImage(UserError):
     """A file that is no whole image: truncated, empty, something else, or absurdly large."""
 
 
-def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
+def decode(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
     """Decode an image file.
 
     EXIF rotation is ignored, as COCO tools do: boxes belong to the raw pixels.
@@ -35,7 +36,8 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
         name: what the error calls it.
 
     Returns:
-        The image as 8-bit RGB, and the mode it was stored in (`RGB`, `L`, `CMYK`, `P`, `RGBA`, `I;16`, ...).
+        The image as 8-bit RGB, and what was odd about it: the mode that it was stored in (`L`, `CMYK`, `P`, `RGBA`,
+        `I;16`, ...), and `ROTATED`.
 
     Raises:
         BadImage: it can't be decoded whole, or has more than `MAX_PIXELS`.
@@ -45,19 +47,26 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{name}: {image.width} x {image.height} pixels is absurdly large; scale it down")
         image.load()
+        mode = image.mode
+        if mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it to white
+            values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+            image = Image.fromarray((values / max(257.0, values.max() / 255)).clip(0, 255).astype(np.uint8))
+        odd = [ROTATED] if _rotated(image) else []
+        return (image, odd) if mode == "RGB" else (image.convert("RGB"), [mode, *odd])
     except BadImage:
         raise
     except UnidentifiedImageError:
         raise BadImage(f"{name}: {'empty file' if not data else 'no image'}; replace or remove it") from None
     except Exception as e:  # Pillow's plugins raise nearly anything on garbage
-        raise BadImage(f"{name}: broken image ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
-    mode = image.mode
-    if mode == "RGB":
-        return image, mode
-    if mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it to white
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / max(257.0, values.max() / 255)).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB"), mode
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise BadImage(f"{name}: broken image ({why}); replace or remove it") from None
+
+
+def _rotated(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:  # broken EXIF data don't make a broken image
+        return False
 
 
 def load_image(uri: str | Path) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ def split(
         raise UserError(f"--fold {fold}: folds count from 1")
     if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise UserError(f"--validation-fraction {validation_fraction:g}: must be between 0 and 1, e.g. 0.2")
+    if not 0 <= max_bad_images <= 1:
+        raise UserError(f"--max-bad-images {max_bad_images:g}: must be from 0 to 1, e.g. 0.01")
     train_json, val_json = find_annotations(data)
     train = load_coco(train_json)
     sources = {train_json: hashlib.sha256(storage.read_bytes(train_json)).hexdigest()}
@@ -66,8 +69,6 @@ def split(
         if held_out >= len(train) - 1:
             raise UserError(f"--validation-fraction {validation_fraction:g} leaves no images to train on; lower it")
         validation, train = train.select(order[:held_out]), train.select(order[held_out:])
-        if not validation.annotations.crowd.size or validation.annotations.crowd.all():
-            raise UserError(f"{train_json}: the validation part has no boxes; raise --validation-fraction")
     elif val_json:
         validation = load_coco(val_json)
         sources[val_json] = hashlib.sha256(storage.read_bytes(val_json)).hexdigest()
@@ -75,8 +76,14 @@ def split(
     else:
         raise UserError(f"{train_json}: there is no val json beside it; pass --validation-fraction 0.2")
 
+    more = images_only(unlabeled) if unlabeled else None
+    if more is not None and not more:
+        raise UserError(f"{unlabeled}: no images in it ({', '.join(SUFFIXES)}); check --unlabeled")
+
     train = check_images(train, max_bad_images, "check train")
     validation = check_images(validation, max_bad_images, "check val")
+    if validation.annotations.crowd.all():
+        raise UserError(f"{validation.source}: the validation images have no boxes; take more of them, or others")
     chosen = _choose(train, _order(train, seed, f"fold {fold}"), max(1, int(len(train) * percent / 100)), stratify)
     labeled = train.select(chosen)
     rest = train.select(np.setdiff1d(np.arange(len(train)), chosen))
@@ -88,9 +95,8 @@ def split(
     missing = [name for name, n in labeled.class_counts().items() if not n and train.class_counts()[name]]
     if missing:
         say(f"warning: no labelled box of {', '.join(missing)}; they can't be learnt (try --stratify or more percent)")
-    if unlabeled:
-        more = check_images(images_only(unlabeled), max_bad_images, "check unlabeled")
-        rest = merge_images(rest, more)
+    if more:
+        rest = merge_images(rest, check_images(more, max_bad_images, "check unlabeled"))
 
     parts = {"labeled": labeled, "unlabeled": rest, "validation": validation}
     facts = {
@@ -134,8 +140,8 @@ def find_annotations(data: str) -> tuple[str, str | None]:
     instances = [n for n in names if n.startswith("instances_")] or names
     train = [n for n in instances if "train" in n]
     val = [n for n in instances if "val" in n and "train" not in n]
-    if not train and len(instances) == 1:
-        train, val = instances, []
+    if not train and not val and len(instances) == 1:
+        train = instances
     if len(train) != 1 or len(val) > 1:
         found = ", ".join(names) or "no json"
         raise UserError(
@@ -149,17 +155,16 @@ def images_only(folder: str) -> CocoDataset:
     """A folder or prefix of images as a data set without classes and boxes; ids count from 1 by sorted name.
 
     Raises:
-        UserError: no image in it.
+        UserError: there is no such folder.
     """
     if not storage.exists(folder):
         raise UserError(f"{folder}: no such folder or prefix; check --unlabeled")
     names = [f.name for f in storage.list_files(folder) if f.name.lower().endswith(SUFFIXES)]
-    if not names:
-        raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check --unlabeled")
     records = [ImageRecord(n + 1, name) for n, name in enumerate(names)]
     none = np.zeros(0, np.int64)
     annotations = Annotations(none, np.zeros((0, 4)), none, np.zeros(0), none.astype(bool), none)
-    return CocoDataset(records, [], annotations, folder, folder)
+    root = folder if storage.is_s3(folder) else str(Path(folder).absolute())
+    return CocoDataset(records, [], annotations, root, folder)
 
 
 def merge_images(dataset: CocoDataset, more: CocoDataset) -> CocoDataset:
@@ -192,5 +197,6 @@ def _choose(dataset: CocoDataset, order: np.ndarray, count: int, stratify: bool)
         if label not in covered and candidates and len(chosen) < count:
             chosen.append(min(candidates, key=lambda i: place[i]))
             covered |= classes_of[chosen[-1]]
-    rest = [i for i in order.tolist() if i not in set(chosen)]
+    first = set(chosen)
+    rest = [i for i in order.tolist() if i not in first]
     return np.array(chosen + rest[: count - len(chosen)], np.int64)

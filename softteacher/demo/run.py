@@ -65,9 +65,7 @@ def demo(
         else:
             store = servers.enter_context(seaweedfs(folder / "s3"))
             os.environ.update(store.env)
-            if not storage.exists(f"s3://{BUCKET}"):
-                store.create_bucket(BUCKET)
-            base = f"s3://{BUCKET}"
+            base = store.create_bucket(BUCKET)
             say(f"store: SeaweedFS at {store.endpoint}")
         if data is None:
             make_digits(folder / "data")
@@ -91,21 +89,13 @@ def demo(
             "triton-backend": "onnxruntime" if "TRITON_URL" in os.environ else "python",
         }, overrides)  # fmt: skip
 
+        facts = _facts(steps, time.monotonic() - started)
         if "deploy" in steps:
             image = load_coco(Path(steps["split"]["dataset"], "validation.json")).uri(0)
-            answer = predict([image], url, name, str(folder / "pictures"))
-            picture = folder / "pictures" / (Path(image).stem + ".jpg")
-        else:
-            answer, picture = [], None
-        print(_summary(steps, time.monotonic() - started))
-        if answer:
-            print(f"The endpoint about {image}, which it has not seen:\n{table(answer)}", end="")
-        else:
-            print("The gate kept the version that was live; the report says why.")
-        report = steps["evaluate"]["report"]
-        places = {"report": report, "model": steps["train"]["model"], "onnx": f"{steps['export']['onnx']}/model.onnx"}
-        for what, where in {**places, "picture": picture}.items():
-            print(f"{what:<8} {where}")
+            facts["answer"] = predict([image], url, name, str(folder / "pictures"))
+            facts["places"]["picture"] = str(folder / "pictures" / (Path(image).stem + ".jpg"))
+        (folder / "summary.json").write_text(json.dumps(facts, indent=1))
+        _print_summary(facts)
         if keep:
             print("\nThe endpoint is up until Ctrl-C:")
             print(f"  softteacher predict --triton {url} --name {name} IMAGE ... --out pictures")
@@ -144,22 +134,38 @@ def _run_pipeline(folder: Path, parameters: dict[str, str], overrides: list[str]
     return dict(json.loads(outputs.read_text()))
 
 
-def _summary(steps: dict[str, Any], seconds: float) -> str:
-    base, ours = (
+def _facts(steps: dict[str, Any], seconds: float) -> dict[str, Any]:
+    scores = [
         json.loads(Path(steps[s]["results"], "metrics.json").read_text()) for s in ("evaluate-baseline", "evaluate")
-    )
-    results = Table("", "AP", "AP50", title="Validation, same labels, same number of iterations")
-    # the baseline is what supervised training gives: its student
-    rows = {"supervised": base["student"], "student": ours["student"], "teacher": ours["teacher"]}
-    for name, metrics in rows.items():
-        results.add_row(name, f"{metrics['AP']:.3f}", f"{metrics['AP50']:.3f}")
-    times = Table("step", "seconds", title=f"{seconds:.0f} s in all")
-    for name, outputs in steps.items():
-        times.add_row(name, f"{outputs['seconds']:.0f}")
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(times, results)
-    return capture.get()
+    ]
+    # supervised training without a teacher gives its student
+    rows = {"supervised": scores[0]["student"], "student": scores[1]["student"], "teacher": scores[1]["teacher"]}
+    return {
+        "ap": {name: {key: row[key] for key in ("AP", "AP50", "AP75")} for name, row in rows.items()},
+        "seconds": {**{name: outputs["seconds"] for name, outputs in steps.items()}, "all": round(seconds, 1)},
+        "places": {
+            "report": str(Path(steps["evaluate"]["results"], "report.html")),
+            "model": steps["train"]["model"],
+            "onnx": str(Path(steps["export"]["onnx"], "model.onnx")),
+        },
+    }
+
+
+def _print_summary(facts: dict[str, Any]) -> None:
+    times = Table("step", "seconds", title="Time")
+    for name, seconds in facts["seconds"].items():
+        times.add_row(name, f"{seconds:.0f}")
+    results = Table("", "AP", "AP50", title="Validation; same labels, same number of iterations")
+    for name, row in facts["ap"].items():
+        results.add_row(name, f"{row['AP']:.3f}", f"{row['AP50']:.3f}")
+    out = Console(width=100)
+    out.print(times, results)
+    if "answer" in facts:
+        print(f"The endpoint about an image it has not seen:\n{table(facts['answer'])}", end="")
+    else:
+        print("The gate kept the version that was live: the new one is not better.")
+    for what, where in facts["places"].items():
+        print(f"{what:<8} {where}")
 
 
 @contextmanager

@@ -61,8 +61,10 @@ class ObjectStore:
         }
 
     def create_bucket(self, name: str) -> str:
-        """Make a bucket; returns its URI."""
-        self.client().create_bucket(Bucket=name)
+        """Make a bucket unless it is there from an earlier run; returns its URI."""
+        client = self.client()
+        if name not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+            client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def client(self) -> Any:
@@ -115,7 +117,8 @@ def seaweedfs(folder: str | Path) -> Iterator[ObjectStore]:
             return False
         return True
 
-    with _running("SeaweedFS", command, os.environ | store.env, Path(folder, "seaweedfs.log"), ready):
+    # its filer waits 10 s for idle connections at the end; what was put is on the disk long before
+    with _running("SeaweedFS", command, os.environ | store.env, Path(folder, "seaweedfs.log"), ready, grace=4):
         yield store
 
 
@@ -204,7 +207,14 @@ def _for_triton(repository: str) -> str:
 
 @contextmanager
 def _running(
-    name: str, command: list[str], env: Mapping[str, str], log: Path, ready: Callable[[], bool], timeout: float = 120
+    name: str,
+    command: list[str],
+    env: Mapping[str, str],
+    log: Path,
+    ready: Callable[[], bool],
+    *,
+    timeout: float = 120,
+    grace: float = 10,
 ) -> Iterator[None]:
     """Start a server, wait until it is ready, and stop it with all its children at the end, whatever happens."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +240,7 @@ def _running(
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
+            process.wait(timeout=grace)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -59,7 +59,7 @@ def decode(deltas: Tensor, reference: Tensor, std: tuple[float, ...]) -> Tensor:
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Clip boxes [B, ..., 4] to images of `sizes` [B, 2] (height, width)."""
-    limit = sizes.flip(-1).to(boxes.dtype).repeat(1, 2).reshape(len(sizes), *[1] * (boxes.dim() - 2), 4)
+    limit = sizes.flip(-1).to(boxes.dtype).repeat(1, 2).reshape(sizes.shape[0], *[1] * (boxes.dim() - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
@@ -82,10 +82,10 @@ def nms_mask(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) ->
         [B, N] bool.
     """
     # groups are moved so far apart that boxes of two of them can't overlap
-    span = boxes.amax() + 1
+    span = boxes.max() + 1
     boxes = boxes + (groups.to(boxes.dtype) * span)[..., None]
     if torch.compiler.is_exporting():  # one call for the batch, or the graph would fix its size
-        boxes = boxes + torch.arange(len(boxes), device=boxes.device)[:, None, None] * (groups.amax() + 1) * span
+        boxes = boxes + torch.arange(boxes.shape[0], device=boxes.device)[:, None, None] * (groups.max() + 1) * span
         kept = nms(boxes.flatten(0, 1), scores.flatten(), threshold)
     else:  # the cost grows with the square of the boxes in a call
         kept = torch.cat(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
 from typing import Any
 
 import torch
@@ -67,8 +66,9 @@ def _load(trunk: nn.Module, name: str, weights: str) -> None:
         with storage.local_input(weights) as path:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-                raise UserError(f"{where}: no readable state dict ({str(e).splitlines()[0]})") from None
+            except Exception as e:  # a file that is no state dict can make the unpickler raise anything
+                why = (str(e) or type(e).__name__).splitlines()[0]
+                raise UserError(f"{where}: no readable state dict ({why}); save model.state_dict()") from None
     elif name == "tiny":
         raise UserError(f"{where}: fasterrcnn_tiny_fpn has no torchvision weights; leave it none or give a path")
     else:
@@ -81,7 +81,11 @@ def _load(trunk: nn.Module, name: str, weights: str) -> None:
             raise UserError(f"{where}: can't be downloaded ({e}); give a local path or an s3:// URI") from None
     if not isinstance(state, dict):
         raise UserError(f"{where}: no state dict in it; save model.state_dict()")
-    state = {k.removeprefix("module.").removeprefix("backbone.").removeprefix("features."): v for k, v in state.items()}
+    state = {
+        k.removeprefix("module.").removeprefix("backbone.").removeprefix("features."): v
+        for k, v in state.items()
+        if isinstance(k, str) and isinstance(v, Tensor)
+    }
     own = trunk.state_dict()
     odd = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
     if odd:

@@ -140,7 +140,7 @@ class FasterRCNN(nn.Module):
             flat = torch.cat(boxes)
         rois = torch.cat([image[:, None].to(flat.dtype), flat], 1)
         level = pyramid_level(flat, 4)
-        pooled = flat.new_zeros((len(flat), features[0].shape[1], POOL, POOL))
+        pooled = flat.new_zeros((flat.shape[0], features[0].shape[1], POOL, POOL))
         for n, (feature, stride) in enumerate(zip(features[:4], STRIDES, strict=False)):
             here = torch.nonzero(level == n).flatten()
             part = roi_align(feature.float(), rois[here], POOL, 1 / stride, self.settings.sampling_ratio, aligned=True)

@@ -48,10 +48,12 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
             ap = scored[name][0]
             say(f"evaluate: {name} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")
         shown: Weights = weights or "teacher"
-        metrics = scored[shown][0] | {"weights": shown} | {name: numbers for name, (numbers, _) in scored.items()}
+        numbers, results, readable = scored[shown]
+        metrics = numbers | {"weights": shown} | {name: found[0] for name, found in scored.items()}
         with storage.output_folder(out) as folder:
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-            (folder / "detections.json").write_text(json.dumps(scored[shown][1]))
-            page = write_report(dataset, scored[shown][1], metrics, source.provenance)
-            (folder / "report.html").write_text(page)
+            (folder / "detections.json").write_text(json.dumps(results))
+            page = write_report(readable, results, metrics, source.provenance)
+            # a file name need not be valid Unicode
+            (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     return metrics

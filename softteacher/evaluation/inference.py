@@ -62,9 +62,9 @@ def detect_dataset(
 
 def score(
     detector: FasterRCNN, dataset: CocoDataset, settings: Settings, device: torch.device
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """COCO metrics of a detector on a data set, and its detections in COCO results format."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], CocoDataset]:
+    """COCO metrics of a detector, its detections in COCO results format, and the data set without broken images."""
     found = detect_dataset(detector, dataset, settings, device)
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     results = coco_results(dataset, found)
-    return coco_metrics(dataset, results), results
+    return coco_metrics(dataset, results), results, dataset

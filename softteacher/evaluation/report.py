@@ -43,7 +43,7 @@ def write_report(
     counts = dataset.class_counts()
     columns = [name for name in ("teacher", "student") if name in metrics]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("softteacher.evaluation").joinpath("report.html").read_text()
+        files("softteacher.evaluation").joinpath("report.html").read_text("utf-8")
     )
     return template.render(
         metrics=metrics,

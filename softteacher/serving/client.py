@@ -14,6 +14,7 @@ from PIL import Image
 from softteacher.data.images import letterbox, load_image
 from softteacher.detections import Detections
 from softteacher.errors import UserError
+from softteacher.serving.onnx_runtime import to_detections
 from softteacher.serving.repository import OUTPUTS
 
 
@@ -89,14 +90,10 @@ class Client:
             return self._predict_batch(images, retry=False)
         if refusal:
             raise refusal
-        found = []
-        for i, (image, (_, scale)) in enumerate(zip(images, prepared, strict=True)):
-            n = int(answer["num_detections"][i, 0])
-            boxes = answer["detection_boxes"][i, :n] / np.array([*scale, *scale], np.float32)
-            boxes = boxes.clip(0, np.array([*image.size, *image.size], np.float32))
-            labels = answer["detection_classes"][i, :n].astype(np.int64)
-            found.append(Detections(boxes, answer["detection_scores"][i, :n].copy(), labels))
-        return found
+        return [
+            to_detections(answer, i, scale, image.size)
+            for i, (image, (_, scale)) in enumerate(zip(images, prepared, strict=True))
+        ]
 
     def _read_config(self) -> None:
         with explained(self.url):
@@ -147,6 +144,7 @@ def connect(url: str, timeout: float) -> Any:
             network_timeout=timeout,
         )
         if not server.is_server_live():
+            server.close()
             raise UserError(f"{url}: what answers there is not a Triton server that is up; check the URL")
     return server
 

@@ -93,7 +93,8 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
     if [i.name for i in graph.graph.input] != ["images"] or not outputs.issuperset(OUTPUTS):
         raise UserError(f"{file}: needs the input images and the outputs {', '.join(OUTPUTS)}; {again}")
     try:
-        facts = {p.key: json.loads(p.value) for p in graph.metadata_props if p.key != "name"}
+        ours = ("classes", "preprocessing", "max_detections")
+        facts = {p.key: json.loads(p.value) for p in graph.metadata_props if p.key in ours}
         height, width = facts["preprocessing"]["image_size"]
         return OnnxFolder(
             path=path,

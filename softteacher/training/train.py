@@ -17,6 +17,7 @@ import torchvision
 from softteacher import __version__, storage
 from softteacher.config import Settings
 from softteacher.console import say
+from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
 from softteacher.data.split import images_only
@@ -49,7 +50,8 @@ def train(labeled: str, unlabeled: str | None, validation: str, out: str, settin
     device = find_device(settings.training.device)
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
-    extra = _unlabeled(unlabeled, settings)
+    extra = _unlabeled(unlabeled, train_set, settings)
+    val_set = check_images(val_set, settings.data.max_bad_images, "check val")  # not found out after days of training
     torch.manual_seed(settings.training.seed)
     student = build(settings.detector, len(train_set.categories)).to(device)
     student.to(memory_format=torch.channels_last)
@@ -119,13 +121,17 @@ def git_sha() -> str | None:
         return None
 
 
-def _unlabeled(unlabeled: str | None, settings: Settings) -> CocoDataset | None:
+def _unlabeled(unlabeled: str | None, train_set: CocoDataset, settings: Settings) -> CocoDataset | None:
     if settings.method.name == "supervised":
         return None
-    if unlabeled is None:
-        say("warning: no unlabelled images (--unlabeled): this is supervised training then")
+    found = None
+    if unlabeled is not None:
+        found = load_coco(unlabeled, labeled=False) if unlabeled.endswith(".json") else images_only(unlabeled)
+    if not found:
+        say(f"warning: no unlabelled images ({unlabeled or 'no --unlabeled'}): this is supervised training then")
         return None
-    found = load_coco(unlabeled, labeled=False) if unlabeled.endswith(".json") else images_only(unlabeled)
+    if found.categories:
+        require_same_classes(train_set, found)
     if not settings.training.unlabeled_per_batch:
         raise UserError(
             "training.unlabeled_per_batch = 0: no unlabelled image would be used; set it, or use supervised"

@@ -81,9 +81,9 @@ def run_training(
     ):
         for step, raw in enumerate(batches):
             for name, lines in raw.broken.items():
-                if new := set(lines) - broken[name]:
-                    broken[name] |= new
-                    report_broken(sets[name], sorted(broken[name]), settings.data.max_bad_images)
+                if not broken[name].issuperset(lines):
+                    known, broken[name] = broken[name], broken[name] | set(lines)
+                    report_broken(sets[name], broken[name], settings.data.max_bad_images, known)
             batch = raw.to(device)
             # sampling and jitter depend on (seed, step) only, as the batches do
             torch.manual_seed((s.seed << 32) + step)

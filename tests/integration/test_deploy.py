@@ -29,11 +29,12 @@ IMAGES = np.stack([square_image((10, 20, 50, 44))])
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two onnx folders that tell themselves apart by their score."""
+    """Onnx folders that tell themselves apart by their score; the third wants another input and means other classes."""
     base = tmp_path_factory.mktemp("onnx")
     return {
         "first": onnx_folder(base / "first", score=0.6, ap=0.4),
         "second": onnx_folder(base / "second", score=0.8, ap=0.5),
+        "third": onnx_folder(base / "third", score=0.7, size=(48, 80), margin=8, categories=[*CATEGORIES[::-1]]),
     }
 
 
@@ -105,19 +106,22 @@ def test_deploy_switch_rollback_restart(triton_server: TritonServer, folders: di
     with triton(repository, tmp_path / "restarted", load=[name]) as again:
         assert live_score(TritonServer(again, repository), name) == 0.8
 
-    with Client(url, name) as open_client:
+    with Client(url, name) as client:  # it follows the model
         facts = rollback(repository, url, name)
         assert (facts["version"], facts["previous"]) == (1, 2)
-        assert round(float(open_client.predict([IMAGES[0]])[0].scores[0]), 3) == 0.6  # it follows the model
-    champion = read_champion(repository, name)
-    assert champion is not None
-    assert (champion.version, champion.previous, champion.ap) == (1, [], 0.4)
+        assert round(float(client.predict([IMAGES[0]])[0].scores[0]), 3) == 0.6
+        champion = read_champion(repository, name)
+        assert champion is not None
+        assert (champion.version, champion.previous, champion.ap) == (1, [], 0.4)
 
-    # numbers are never used twice, and `keep` bounds what stays
-    facts = deploy(str(folders["second"]), repository, url, name, keep=2)
-    assert (facts["version"], facts["previous"]) == (3, 1)
-    assert versions(repository, name) == [1, 3]
-    assert live_score(triton_server, name) == 0.8
+        # numbers are never used twice, and `keep` bounds what stays
+        facts = deploy(str(folders["third"]), repository, url, name, keep=2)
+        assert (facts["version"], facts["previous"]) == (3, 1)
+        assert versions(repository, name) == [1, 3]
+        found = client.predict([np.full((300, 200, 3), 255, np.uint8)])[0]
+        assert round(float(found.scores[0]), 3) == 0.7
+        assert client.classes == [c["name"] for c in CATEGORIES[::-1]]
+        np.testing.assert_allclose(found.boxes, [[0, 0, 200, 300]], atol=1e-4)  # clipped to the image
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,45 @@
+"""What every benchmark shares: the machine, the versions, the result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(script: str, figures: dict[str, Any]) -> None:
+    """Write `results/<script>.json` (figures, command, versions, machine) and print it as the last line.
+
+    Args:
+        script: name of the benchmark.
+        figures: what it measured.
+    """
+    result = {**figures, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), **machine()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{script}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and the versions that decide a figure."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [n.split(":")[1].strip() for n in cpuinfo.read_text().splitlines() if n.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return {
+        "machine": {
+            "processor": names[0] if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "platform": platform.platform(),
+        },
+        "versions": {name: version(name) for name in ("torch", "torchvision", "onnxruntime", "numpy", "kfp")},
+    }

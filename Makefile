@@ -7,6 +7,7 @@ PRESET ?=
 SET ?=
 PERCENT ?= 10
 OUT ?= demo-output
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.py)
 
 .PHONY: help venv demo test lint images clean
@@ -39,8 +40,8 @@ lint: venv  ## ruff and mypy
 	$(BIN)/mypy
 
 images:  ## the container images, by docker
-	docker build -f images/train.Dockerfile -t softteacher/train:$(VERSION) .
-	docker build -f images/tools.Dockerfile -t softteacher/tools:$(VERSION) .
+	docker build --build-arg REVISION=$(REVISION) -f images/train.Dockerfile -t softteacher/train:$(VERSION) .
+	docker build --build-arg REVISION=$(REVISION) -f images/tools.Dockerfile -t softteacher/tools:$(VERSION) .
 
 clean:  ## remove what was made here, the environments too
 	rm -rf .venv .venv-triton demo-output build

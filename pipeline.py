@@ -40,8 +40,7 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
     """
 
     def placed(task: dsl.PipelineTask, *, heavy: bool = False, gpu: bool = False) -> dsl.PipelineTask:
-        # KFP's cache key covers neither what the data folder holds now nor what is in an input artifact, so a hit could
-        # hand on a model of other data. Nothing is cached.
+        # the data folder may hold something else than at the last run with equal parameters: nothing is cached
         task.set_caching_options(False)
         return place(task, options, heavy=heavy, gpu=gpu) if options else task
 
@@ -243,7 +242,9 @@ def run_local_command(
     triton_backend: Backend = "python",
     triton_gpu: TritonGpu = False,
     pipeline_root: Annotated[str, typer.Option(help="folder for what the steps write")] = "local_outputs",
-    outputs: Annotated[Path | None, typer.Option(help="write the JSON that is printed last to this file, too")] = None,
+    outputs: Annotated[
+        Path | None, typer.Option(help="write what each step made to this file instead of printing it")
+    ] = None,
 ) -> None:
     """Run the pipeline on this machine; S3 keys and endpoint come from the AWS environment variables.
 
@@ -253,7 +254,8 @@ def run_local_command(
     text = json.dumps(run_local(build_training_pipeline(), _parameters(context), pipeline_root), indent=1)
     if outputs:
         outputs.write_text(text)
-    print(text)
+    else:
+        print(text)
 
 
 @app.command("submit")

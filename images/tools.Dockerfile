@@ -28,6 +28,7 @@ LABEL org.opencontainers.image.title="softteacher/tools" \
       org.opencontainers.image.revision="${REVISION}"
 RUN useradd --uid 10001 --user-group --create-home softteacher
 COPY --from=build /opt/venv /opt/venv
+ENV SOFTTEACHER_GIT_SHA=${REVISION}
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # a number, so that Kubernetes can see that it isn't root
 USER 10001:10001

@@ -15,7 +15,7 @@ def find_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"training.device = {name!r}: not usable here ({str(e).splitlines()[0]}); use auto") from None
     return device

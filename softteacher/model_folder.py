@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -31,29 +32,32 @@ class ModelFolder:
 
     Args:
         path: local folder.
+        name: what errors call it, where the folder is a download.
 
     Raises:
         UserError: it is torn, changed, or not a model folder.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path, self.name = Path(path), name or str(path)
         if not (self.path / "provenance.json").is_file():
             what = "torn" if (self.path / "settings.yaml").exists() else "no model folder"
-            raise UserError(f"{path}: is {what}: no provenance.json; give the folder that `softteacher train` wrote")
+            raise UserError(
+                f"{self.name}: is {what}: no provenance.json; give the folder that `softteacher train` wrote"
+            )
         self.provenance = self._json("provenance.json")
         if not isinstance(self.provenance, dict) or not isinstance(self.provenance.get("sha256"), dict):
-            raise UserError(f"{path}: provenance.json is not ours; give the folder that `softteacher train` wrote")
-        for name in FILES:
-            file = self.path / name
-            if not file.is_file() or sha256(file) != self.provenance["sha256"].get(name):
-                raise UserError(f"{file}: missing or changed since the training; copy the whole model folder again")
+            raise UserError(f"{self.name}: provenance.json is not ours; give the folder that `softteacher train` wrote")
+        for file in FILES:
+            if not (self.path / file).is_file() or sha256(self.path / file) != self.provenance["sha256"].get(file):
+                where = storage.join(self.name, file)
+                raise UserError(f"{where}: missing or changed since the training; copy the whole model folder again")
         self.settings: Settings = read_settings(self.path / "settings.yaml")
         classes = self._json("classes.json")
         try:
             self.categories: list[tuple[int, str]] = [(int(c["id"]), str(c["name"])) for c in classes]
         except (TypeError, KeyError, ValueError, OverflowError):
-            raise UserError(f"{path}: classes.json is not ours; copy the whole model folder again") from None
+            raise UserError(f"{self.name}: classes.json is not ours; copy the whole model folder again") from None
 
     @property
     def classes(self) -> list[str]:
@@ -71,8 +75,9 @@ class ModelFolder:
         try:
             detector.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as e:  # a file that isn't ours can make the unpickler raise anything
-            why = (str(e) or type(e).__name__).splitlines()[0]
-            raise UserError(f"{file}: weights can't be loaded ({why}); copy the whole model folder again") from None
+            what = f"these are no weights for its settings ({type(e).__name__})"
+            where = storage.join(self.name, file.name)
+            raise UserError(f"{where}: {what}; copy the whole model folder again") from None
         return detector.eval()
 
     def validation(self) -> CocoDataset:
@@ -92,7 +97,10 @@ class ModelFolder:
         """Write a model into a folder; `provenance.json` comes last."""
         path.mkdir(parents=True, exist_ok=True)
         for name, module in (("student", student), ("teacher", teacher)):
-            torch.save({k: v.cpu().contiguous() for k, v in module.state_dict().items()}, path / f"{name}.pt")
+            # torch.save to a full disk raises errors of its own
+            buffer = io.BytesIO()
+            torch.save({k: v.cpu().contiguous() for k, v in module.state_dict().items()}, buffer)
+            storage.write_bytes(path / f"{name}.pt", buffer.getbuffer())
         (path / "settings.yaml").write_text(settings.to_yaml())
         (path / "classes.json").write_text(json.dumps([{"id": i, "name": n} for i, n in validation.categories]))
         validation.save(path / "validation.json")
@@ -109,7 +117,8 @@ class ModelFolder:
         try:
             return json.loads((self.path / name).read_bytes())
         except (OSError, ValueError, RecursionError):
-            raise UserError(f"{self.path / name}: missing or broken json; copy the whole model folder again") from None
+            where = storage.join(self.name, name)
+            raise UserError(f"{where}: missing or broken json; copy the whole model folder again") from None
 
 
 def sha256(path: str | Path) -> str:

@@ -52,7 +52,7 @@ def read_bytes(uri: str | Path) -> bytes:
         return Path(uri).read_bytes()
 
 
-def write_bytes(uri: str | Path, data: bytes, *, if_match: str | None = None) -> None:
+def write_bytes(uri: str | Path, data: bytes | memoryview, *, if_match: str | None = None) -> None:
     """Write one file whole or not at all.
 
     Args:
@@ -192,7 +192,9 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
         ...     (folder / "metrics.json").write_text("{}")
     """
     parent = None
-    if not is_s3(uri):
+    if is_s3(uri):
+        exists(uri)  # a store or bucket that isn't there is told before the work, not after it
+    else:
         with _explained(uri):
             parent = Path(uri).absolute().parent
             if Path(uri).exists() and not Path(uri).is_dir():
@@ -232,7 +234,8 @@ def _copy_file(source: str | Path, target: str | Path) -> None:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             _s3().download_file(*_split(source), str(target))
         elif is_s3(target):
-            _s3().upload_file(str(source), *_split(target))
+            with Path(source).open("rb") as file:  # upload_file would wrap what S3 says
+                _s3().upload_fileobj(file, *_split(target))
         else:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -262,9 +265,11 @@ def _s3() -> Any:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        _local.client = boto3.Session().client(
-            "s3", config=config, region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-        )
+        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        try:
+            _local.client = boto3.Session().client("s3", config=config, region_name=region)
+        except ValueError as e:
+            raise UserError(f"AWS_ENDPOINT_URL_S3={_endpoint()}: {e}; write http://host:port") from None
         _local.key = key
     return _local.client
 
@@ -305,7 +310,7 @@ def _explained(uri: str | Path) -> Iterator[None]:
             raise Conflict(f"{uri}: somebody else wrote it meanwhile; look at it and try again") from e
         raise UserError(f"{uri}: S3 answered {code}; try again or ask who runs the store") from e
     except (BotoCoreError, Boto3Error) as e:
-        raise UserError(f"{uri}: S3 failed ({str(e).splitlines()[0]}); check the AWS settings") from e
+        raise UserError(f"{uri}: S3 failed ({' '.join(str(e).split())}); check the AWS settings") from e
     except OSError as e:
         if e.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise UserError(f"{e.filename or uri}: the disk is full; free some space or choose another place") from e

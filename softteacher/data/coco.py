@@ -314,7 +314,7 @@ def _annotations(
 
 
 def _repaired(source: str, a: Annotations, images: list[ImageRecord]) -> Annotations:
-    size = np.array([[i.width or np.inf, i.height or np.inf] for i in images])[a.image_index]
+    size = np.array([[i.width or np.inf, i.height or np.inf] for i in images]).reshape(-1, 2)[a.image_index]
     low, high = a.bbox[:, :2], a.bbox[:, :2] + a.bbox[:, 2:]
     inside_low, inside_high = np.clip(low, 0, size), np.clip(high, 0, size)
     bad = (a.bbox[:, 2:] <= 0).any(1) | (inside_high - inside_low <= 0).any(1)

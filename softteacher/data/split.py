@@ -96,7 +96,8 @@ def split(
     if missing:
         say(f"warning: no labelled box of {', '.join(missing)}; they can't be learnt (try --stratify or more percent)")
     if more:
-        rest = merge_images(rest, check_images(more, max_bad_images, "check unlabeled"))
+        more = check_images(more, max_bad_images, "check unlabeled")
+        rest = merge_images(rest, more, max(i.id for i in [*train.images, *validation.images]) + 1)
 
     parts = {"labeled": labeled, "unlabeled": rest, "validation": validation}
     facts = {
@@ -167,9 +168,8 @@ def images_only(folder: str) -> CocoDataset:
     return CocoDataset(records, [], annotations, root, folder)
 
 
-def merge_images(dataset: CocoDataset, more: CocoDataset) -> CocoDataset:
-    """A data set with the images (not the boxes) of another one added under new ids."""
-    first = max((i.id for i in dataset.images), default=0) + 1
+def merge_images(dataset: CocoDataset, more: CocoDataset, first: int) -> CocoDataset:
+    """A data set with the images (not the boxes) of another one added under new ids from `first`."""
     added = [replace(i, id=first + n, root=i.root or more.root) for n, i in enumerate(more.images)]
     return replace(dataset, images=dataset.images + added)
 

@@ -68,9 +68,9 @@ def _scene(
     canvas = _background(rng)
     owner = np.full((SIDE, SIDE), -1)
     placed: list[tuple[int, int, int]] = []  # digit, pixels when pasted, number
-    for number in range(rng.integers(2, 6)):
+    for number in range(rng.integers(2, 5)):
         digit = int(rng.choice(pool))
-        mask = _glyph(rng, glyphs[digit], int(rng.integers(22, 52)))
+        mask = _glyph(rng, glyphs[digit], int(rng.integers(28, 58)))
         height, width = mask.shape
         x, y = int(rng.integers(0, SIDE - width + 1)), int(rng.integers(0, SIDE - height + 1))
         solid = mask > 0.35
@@ -115,7 +115,7 @@ def _glyph(rng: np.random.Generator, glyph: np.ndarray, size: int) -> np.ndarray
     """An 8 x 8 scan as a smooth mask, rotated and stretched, cut to its strokes."""
     image = Image.fromarray((np.pad(glyph, 1) * 255).astype(np.uint8))
     image = image.resize((round(size * rng.uniform(0.8, 1.1)), size), Image.Resampling.BICUBIC)
-    image = image.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
+    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
     image = image.filter(ImageFilter.GaussianBlur(size / 40))
     mask = ((np.asarray(image, np.float64) / 255 - 0.3) / 0.25).clip(0, 1)
     ys, xs = np.nonzero(mask > 0.35)

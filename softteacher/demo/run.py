@@ -24,6 +24,7 @@ from softteacher.demo.digits import make_digits
 from softteacher.demo.servers import seaweedfs, triton
 from softteacher.errors import UserError
 from softteacher.serving.predict import predict, table
+from softteacher.serving.repository import read_champion
 
 PIPELINE = Path(__file__).parents[2] / "pipeline.py"
 BUCKET = "softteacher"
@@ -76,7 +77,9 @@ def demo(
         repository = f"{base}/triton"
         url = os.environ.get("TRITON_URL")
         if not url:
-            url = servers.enter_context(triton(repository, folder / "triton"))
+            # what an earlier run deployed goes on serving if the gate keeps it
+            live = [name] if read_champion(repository, name) else []
+            url = servers.enter_context(triton(repository, folder / "triton", load=live))
         say(f"server: Triton at {url}, models from {repository}")
 
         steps = _run_pipeline(folder, {
@@ -90,10 +93,9 @@ def demo(
         }, overrides)  # fmt: skip
 
         facts = _facts(steps, time.monotonic() - started)
-        if "deploy" in steps:
-            image = load_coco(Path(steps["split"]["dataset"], "validation.json")).uri(0)
-            facts["answer"] = predict([image], url, name, str(folder / "pictures"))
-            facts["places"]["picture"] = str(folder / "pictures" / (Path(image).stem + ".jpg"))
+        image = load_coco(Path(steps["split"]["dataset"], "validation.json")).uri(0)
+        facts["answer"] = predict([image], url, name, str(folder / "pictures"))
+        facts["places"]["picture"] = str(folder / "pictures" / (Path(image).stem + ".jpg"))
         (folder / "summary.json").write_text(json.dumps(facts, indent=1))
         _print_summary(facts)
         if keep:
@@ -142,6 +144,7 @@ def _facts(steps: dict[str, Any], seconds: float) -> dict[str, Any]:
     rows = {"supervised": scores[0]["student"], "student": scores[1]["student"], "teacher": scores[1]["teacher"]}
     return {
         "ap": {name: {key: row[key] for key in ("AP", "AP50", "AP75")} for name, row in rows.items()},
+        "deployed": "deploy" in steps,
         "seconds": {**{name: outputs["seconds"] for name, outputs in steps.items()}, "all": round(seconds, 1)},
         "places": {
             "report": str(Path(steps["evaluate"]["results"], "report.html")),
@@ -160,10 +163,9 @@ def _print_summary(facts: dict[str, Any]) -> None:
         results.add_row(name, f"{row['AP']:.3f}", f"{row['AP50']:.3f}")
     out = Console(width=100)
     out.print(times, results)
-    if "answer" in facts:
-        print(f"The endpoint about an image it has not seen:\n{table(facts['answer'])}", end="")
-    else:
+    if not facts["deployed"]:
         print("The gate kept the version that was live: the new one is not better.")
+    print(f"The endpoint about an image it has not seen:\n{table(facts['answer'])}", end="")
     for what, where in facts["places"].items():
         print(f"{what:<8} {where}")
 

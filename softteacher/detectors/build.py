@@ -67,8 +67,9 @@ def _load(trunk: nn.Module, name: str, weights: str) -> None:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as e:  # a file that is no state dict can make the unpickler raise anything
-                why = (str(e) or type(e).__name__).splitlines()[0]
-                raise UserError(f"{where}: no readable state dict ({why}); save model.state_dict()") from None
+                raise UserError(
+                    f"{where}: no readable state dict ({type(e).__name__}); save model.state_dict() by torch.save"
+                ) from None
     elif name == "tiny":
         raise UserError(f"{where}: fasterrcnn_tiny_fpn has no torchvision weights; leave it none or give a path")
     else:

@@ -32,7 +32,7 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
         UserError: bad input; nothing is written then.
     """
     with storage.local_input(model) as path:
-        source = ModelFolder(path)
+        source = ModelFolder(path, model)
         dataset = load_coco(data)
         if dataset.categories != source.categories:
             raise UserError(

@@ -75,7 +75,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
             `export.max_ap_loss`; nothing is written then.
     """
     with storage.local_input(model) as path, storage.output_folder(out) as folder:
-        source = ModelFolder(path)
+        source = ModelFolder(path, model)
         validation = source.validation()
         size = source.settings.export.image_size or canvas_size(source, validation)
         served = ServedDetector(source.detector(weights), size).eval()
@@ -189,11 +189,10 @@ def _spread(validation: CocoDataset, count: int = 16) -> list[int]:
 @contextlib.contextmanager
 def _quiet() -> Any:
     """The exporter prints pages of progress and of warnings about itself."""
-    level = logging.getLogger("torch.onnx").level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logging.getLogger("torch.onnx").setLevel(level)
+            logging.disable(logging.NOTSET)

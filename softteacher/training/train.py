@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def train(labeled: str, unlabeled: str | None, validation: str, out: str, settin
     require_same_classes(train_set, val_set)
     extra = _unlabeled(unlabeled, train_set, settings)
     val_set = check_images(val_set, settings.data.max_bad_images, "check val")  # not found out after days of training
+    if settings.training.threads:
+        torch.set_num_threads(settings.training.threads)
     torch.manual_seed(settings.training.seed)
     student = build(settings.detector, len(train_set.categories)).to(device)
     student.to(memory_format=torch.channels_last)
@@ -113,7 +116,9 @@ def versions() -> dict[str, str]:
 
 
 def git_sha() -> str | None:
-    """Commit of the code, `-dirty` if changed; none outside a checkout."""
+    """Commit of the code, `-dirty` if changed; none outside a checkout. An image knows it by `SOFTTEACHER_GIT_SHA`."""
+    if sha := os.environ.get("SOFTTEACHER_GIT_SHA"):
+        return sha
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -85,8 +86,9 @@ def run_training(
                     known, broken[name] = broken[name], broken[name] | set(lines)
                     report_broken(sets[name], broken[name], settings.data.max_bad_images, known)
             batch = raw.to(device)
-            # sampling and jitter depend on (seed, step) only, as the batches do
-            torch.manual_seed((s.seed << 32) + step)
+            # sampling and jitter depend on (seed, step) only, as the batches do; torch's generator on the CPU takes
+            # just 32 bits of a seed
+            torch.manual_seed(int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0]))
             losses, facts = method.losses(batch, step)
             total = torch.stack(list(losses.values())).sum()
             count = len(batch.labeled.images) + (len(batch.strong.images) if batch.strong else 0)

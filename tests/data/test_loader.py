@@ -1,0 +1,138 @@
+"""The batch of step t is a pure function of (seed, t)."""
+
+import numpy as np
+import pytest
+import torch
+
+from softteacher.config import load_settings
+from softteacher.data.images import PAD
+from softteacher.data.loader import batches, pad
+from softteacher.data.split import images_only
+from softteacher.data.views import project_boxes
+from softteacher.errors import UserError
+from tests.samples import TINY, coco_tree, dataset, write_coco
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("loader") / "set")
+
+
+def settings(*overrides):
+    return load_settings(None, [*TINY, *overrides])
+
+
+def load(folder, start=0, overrides=(), burn_in=0, unlabeled=True):
+    unlabeled = images_only(str(folder / "images")) if unlabeled else None
+    return list(batches(dataset(folder), unlabeled, settings(*overrides), start, burn_in))
+
+
+def same(a, b):
+    for name in ("labeled", "weak", "strong"):
+        x, y = getattr(a, name), getattr(b, name)
+        for key in ("images", "sizes", "matrices"):
+            if not torch.equal(getattr(x, key), getattr(y, key)):
+                return False
+        if not all(torch.equal(p, q) for p, q in zip([*x.boxes, *x.labels], [*y.boxes, *y.labels], strict=True)):
+            return False
+    return True
+
+
+def test_a_batch_does_not_depend_on_start_and_workers(folder):
+    first = load(folder)
+    assert len(first) == 6
+    for start, workers in ((4, 0), (1, 2)):
+        again = load(folder, start, [f"data.workers={workers}"])
+        assert len(again) == 6 - start
+        assert all(same(a, b) for a, b in zip(first[start:], again, strict=True))
+    assert not same(first[0], first[1])
+    assert not same(first[0], load(folder, 5, ["training.seed=1"])[0])
+    assert not any(same(a, b) for a, b in zip(first, load(folder, 0, ["training.seed=1"]), strict=True))
+
+
+def test_what_is_in_a_batch(folder):
+    batch = load(folder, 5, ["training.unlabeled_per_batch=3"])[0]
+    for views, count in ((batch.labeled, 2), (batch.weak, 3), (batch.strong, 3)):
+        assert views.images.shape[:2] == (count, 3)
+        assert views.images.dtype == torch.uint8
+        assert views.images.shape[2] % 32 == 0 == views.images.shape[3] % 32
+        assert (views.sizes <= torch.tensor(views.images.shape[2:])).all()
+        assert views.matrices.shape == (count, 3, 3)
+        for image, (height, width) in zip(views.images, views.sizes.tolist(), strict=True):
+            grey = torch.tensor(PAD)[:, None, None]
+            assert (image[:, height:] == grey).all()
+            assert (image[:, :, width:] == grey).all()
+    assert batch.weak.boxes == batch.strong.boxes == []
+    assert batch.broken == {}
+
+
+def test_labelled_boxes_follow_their_view(folder):
+    data = dataset(folder)
+    truth = [torch.from_numpy(data.targets(i)[0]) for i in range(len(data))]
+    for batch in load(folder, overrides=["data.labeled_color=false"]):
+        for boxes, labels, matrix, size in zip(
+            batch.labeled.boxes, batch.labeled.labels, batch.labeled.matrices, batch.labeled.sizes, strict=True
+        ):
+            candidates = [project_boxes(t, matrix, size) for t in truth]
+            assert any(torch.equal(c, boxes) for c in candidates)
+            assert sorted(labels.tolist()) == [0, 1]
+            assert (boxes[:, 2:] <= size.flip(0)).all()
+
+
+def test_an_epoch_shows_every_image_once(tmp_path, monkeypatch):
+    folder = write_coco(tmp_path, coco_tree(8))
+    seen = []
+    import softteacher.data.loader as module
+
+    read = module.read_image
+    monkeypatch.setattr(module, "read_image", lambda d, i, r: seen.append(i) or read(d, i, r))
+    load(folder, overrides=["training.iterations=8"], unlabeled=False)
+    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
+    assert seen[:8] != seen[8:]
+
+
+def test_burn_in_and_no_unlabelled_images(folder):
+    assert [b.weak is None for b in load(folder, burn_in=4)] == [True] * 4 + [False] * 2
+    assert [b.strong is None for b in load(folder, burn_in=4)] == [True] * 4 + [False] * 2
+    assert all(b.weak is None for b in load(folder, unlabeled=False))
+    # burn-in changes nothing about the labelled half
+    assert torch.equal(load(folder, burn_in=6)[3].labeled.images, load(folder)[3].labeled.images)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_replaced_and_named(tmp_path, workers):
+    folder = write_coco(tmp_path)
+    (folder / "images" / "3.png").write_bytes(b"x")
+    (folder / "images" / "5.png").unlink()
+    found = load(folder, overrides=[f"data.workers={workers}"])
+    named = {line for b in found for line in b.broken.get("labeled", [])}
+    assert len(named) == 2
+    assert any("3.png: no image" in line for line in named)
+    assert any("5.png: no such file" in line for line in named)
+    assert all(len(b.labeled.images) == 2 for b in found)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_readable_image(tmp_path, workers):
+    folder = write_coco(tmp_path)
+    for path in (folder / "images").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="not one of its 8 images can be read"):
+        load(folder, overrides=[f"data.workers={workers}"])
+
+
+def test_an_image_without_boxes(tmp_path):
+    tree = coco_tree(1)
+    tree["annotations"][0]["iscrowd"] = 1
+    tree["images"].append({"id": 2, "file_name": "2.png", "width": 32, "height": 24})
+    folder = write_coco(tmp_path, tree)
+    sizes = {len(b) for batch in load(folder, unlabeled=False) for b in batch.labeled.boxes}
+    assert sizes == {0, 1}
+
+
+def test_pad():
+    batch = pad([np.full((10, 40, 3), 7, np.uint8), np.full((33, 5, 3), 9, np.uint8)])
+    assert batch.shape == (2, 3, 64, 64)
+    assert (batch[0, :, :10, :40] == 7).all()
+    assert (batch[1, :, :33, :5] == 9).all()
+    assert batch[0, :, 10, 0].tolist() == list(PAD)

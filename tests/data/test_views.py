@@ -1,0 +1,177 @@
+"""A marker that is drawn into an image is found in each view where the view's matrix says."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softteacher.config import load_settings
+from softteacher.data.images import PAD
+from softteacher.data.views import (
+    View,
+    color,
+    erase,
+    geometry_matrix,
+    labeled_view,
+    project_boxes,
+    strong_view,
+    warp,
+    weak_view,
+)
+
+BOX = (60, 30, 90, 66)  # x1, y1, x2, y2 of the marker
+SIZE = (150, 100)
+STILL = [
+    "data.strong_color=false",
+    "data.labeled_color=false",
+    "data.strong_erase=false",
+    "data.short_side=96",
+    "data.long_side=999",
+]
+
+
+def marked(size=SIZE, box=BOX):
+    """A grey image, like the fill colour, with a red box."""
+    pixels = np.empty((size[1], size[0], 3), np.uint8)
+    pixels[:] = PAD
+    pixels[box[1] : box[3], box[0] : box[2]] = (255, 0, 0)
+    return Image.fromarray(pixels)
+
+
+def found_box(image):
+    """Bounding box of the marker in an image, in continuous pixel coordinates: redness is 1 inside, 0 outside."""
+    red = np.asarray(image, float)
+    solid = (red[..., 0] - red[..., 1]) / 255 > 0.5
+    ys, xs = np.nonzero(solid)
+    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+
+
+def check(view, tolerance):
+    box = project_boxes(torch.tensor([BOX]), torch.from_numpy(view.matrix))[0].numpy()
+    np.testing.assert_allclose(found_box(view.image), box, atol=tolerance)
+
+
+def settings(*overrides):
+    return load_settings(None, [*STILL, *overrides]).data
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+@pytest.mark.parametrize("scale", [[0.5, 0.5], [1, 1], [1.7, 1.7], [0.5, 1.5]])
+@pytest.mark.parametrize("make", [weak_view, labeled_view])
+def test_resize_and_flip(make, scale, flip):
+    data = settings(f"data.scale_jitter={scale}", f"data.horizontal_flip={flip}")
+    for seed in range(5):
+        view = make(marked(), np.random.default_rng(seed), data)
+        assert 1 - flip == (view.matrix[0, 0] > 0)
+        assert min(view.image.size) in range(round(96 * scale[0]), round(96 * scale[1]) + 1)
+        check(view, 1)
+
+
+ANGLE = np.pi / 7
+KINDS = {
+    "translate x": lambda m: m[0, 2] != 0 and m[1, 2] == 0,
+    "translate y": lambda m: m[1, 2] != 0 and m[0, 2] == 0,
+    "rotate": lambda m: np.isclose(np.linalg.det(m[:2, :2]), 1) and m[0, 1] == -m[1, 0] != 0,
+    "shear": lambda m: m[0, 0] == 1 == m[1, 1] and m[0, 1] != 0,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_geometry_operation(kind):
+    data, seen = settings(), 0
+    for seed in itertools.count():
+        matrix = geometry_matrix(SIZE, np.random.default_rng(seed), data)
+        if not KINDS[kind](matrix):
+            continue
+        view = warp(View(marked(), np.eye(3)), matrix)
+        assert view.image.size == SIZE
+        assert (view.matrix == matrix).all()
+        if kind in {"rotate", "shear"}:  # about the centre
+            np.testing.assert_allclose(matrix @ [75, 50, 1], [75, 50, 1], atol=1e-9)
+        else:
+            assert abs(matrix[0, 2]) <= 15
+            assert abs(matrix[1, 2]) <= 10
+        if (project_boxes(torch.tensor([BOX]), torch.from_numpy(matrix))[0] > 0).all() and inside(view):
+            check(view, 2 if kind in {"rotate", "shear"} else 1)
+            seen += 1
+        if seen == 8:
+            return
+
+
+def inside(view):
+    x1, y1, x2, y2 = project_boxes(torch.tensor([BOX]), torch.from_numpy(view.matrix))[0].tolist()
+    return min(x1, y1) > 0 and x2 < view.image.width and y2 < view.image.height
+
+
+def test_compositions():
+    """Resize, flip and geometry one after the other, as the strong view has them."""
+    data = settings()
+    views = [strong_view(marked(), np.random.default_rng(seed), data) for seed in range(40)]
+    whole = [v for v in views if inside(v)]
+    assert len(whole) > 20
+    for view in whole:
+        check(view, 3)
+
+
+def test_weak_to_strong():
+    """A point goes from the weak to the strong view by T_strong * inverse(T_weak)."""
+    data = settings()
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        weak, strong = weak_view(marked(), rng, data), strong_view(marked(), rng, data)
+        if inside(strong):
+            matrix = torch.from_numpy(strong.matrix @ np.linalg.inv(weak.matrix))
+            seen_by_teacher = torch.from_numpy(found_box(weak.image))[None]
+            np.testing.assert_allclose(found_box(strong.image), project_boxes(seen_by_teacher, matrix)[0], atol=4)
+
+
+@pytest.mark.parametrize(
+    ("box", "matrix", "size", "expected"),
+    [
+        ([1, 2, 3, 4], np.eye(3), None, [1, 2, 3, 4]),
+        ([1, 2, 3, 4], np.diag([2, 3, 1]), None, [2, 6, 6, 12]),
+        ([1, 2, 3, 4], [[-1, 0, 10], [0, 1, 0], [0, 0, 1]], None, [7, 2, 9, 4]),
+        ([0, 0, 2, 4], [[0, -1, 0], [1, 0, 0], [0, 0, 1]], None, [-4, 0, 0, 2]),
+        ([0, 0, 2, 4], [[0, -1, 0], [1, 0, 0], [0, 0, 1]], [10, 10], [0, 0, 0, 2]),
+        ([5, 5, 50, 60], np.eye(3), [20, 30], [5, 5, 30, 20]),
+        ([2, 4, 6, 8], np.diag([1, 1, 2]), None, [1, 2, 3, 4]),
+    ],
+)
+def test_project_boxes(box, matrix, size, expected):
+    matrix = torch.tensor(np.asarray(matrix, float))
+    found = project_boxes(torch.tensor([box]), matrix, None if size is None else torch.tensor(size))
+    assert found.tolist() == [expected]
+    assert project_boxes(torch.zeros(0, 4), matrix).shape == (0, 4)
+
+
+def test_colour_moves_nothing():
+    edges = np.zeros((40, 40, 3), np.uint8)
+    edges[:, 20:] = (180, 120, 60)
+    changed = 0
+    for seed in range(60):
+        image = np.asarray(color(Image.fromarray(edges), np.random.default_rng(seed)), int)
+        assert image.shape == (40, 40, 3)
+        assert (image[:, 23:] == image[0, 23]).all()  # either half stays of one colour
+        assert (image[:, :17] == image[0, 0]).all()
+        changed += bool((image != edges).any())
+    assert changed > 30
+
+
+def test_erase_paints_up_to_five_grey_patches():
+    white = Image.new("RGB", (100, 80), "white")
+    shares = []
+    for seed in range(50):
+        erased = (np.asarray(erase(white, np.random.default_rng(seed))) == PAD).all(-1)
+        shares.append(erased.mean())
+    assert np.asarray(white).min() == 255  # the original stays
+    assert 0 < np.mean(shares) < max(shares) <= 5 * 0.2 * 0.2
+
+
+@pytest.mark.parametrize("size", [(100, 1), (1, 100), (1, 1), (3, 2)])
+def test_tiny_images(size):
+    image = Image.new("RGB", size, "red")
+    for seed in range(20):
+        view = strong_view(image, np.random.default_rng(seed), load_settings("demo").data)
+        assert min(view.image.size) >= 1

@@ -1,0 +1,111 @@
+"""The detector: shapes, order, and that an image's answer is its own whatever else is in the batch."""
+
+import pytest
+import torch
+
+from softteacher.config import load_settings
+from softteacher.detectors.build import build
+from tests.samples import TINY
+
+SETTINGS = load_settings("demo", [*TINY, "detector.max_detections=20"]).detector
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    detector = build(SETTINGS, 3).eval()
+    torch.nn.init.normal_(detector.head_logits.weight, std=0.5)  # opinions, as training would give it
+    torch.nn.init.normal_(detector.head_deltas.weight, std=0.05)
+    torch.nn.init.normal_(detector.rpn_logits.weight, std=0.5)
+    return detector
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 256, (3, 3, 96, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+SIZES = torch.tensor([[96, 64], [80, 60], [33, 64]])
+
+
+def test_pyramid(detector, images):
+    shapes = [tuple(f.shape) for f in detector.features(images)]
+    assert shapes == [(3, 16, 24, 16), (3, 16, 12, 8), (3, 16, 6, 4), (3, 16, 3, 2), (3, 16, 2, 1)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("training", [False, True])
+def test_proposals(detector, images, training):
+    rpn = detector.rpn(detector.features(images))
+    assert rpn.logits.shape == (3, len(rpn.anchors))
+    assert sum(rpn.per_level) == len(rpn.anchors)
+    boxes, scores = detector.proposals(rpn, SIZES, training)
+    assert boxes.shape == (3, 100, 4)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    assert (scores > 0).any(1).all()
+    for box, score, (height, width) in zip(boxes, scores, SIZES.tolist(), strict=True):
+        used = box[score > 0]
+        assert (used >= 0).all()
+        assert (used[:, [0, 2]] <= width).all()
+        assert (used[:, [1, 3]] <= height).all()
+        assert (used[:, 2:] > used[:, :2]).all()
+
+
+@torch.inference_mode()
+def test_detections(detector, images):
+    boxes, scores, labels = detector.detect(detector.features(images), SIZES)
+    assert (boxes.shape, scores.shape, labels.shape) == ((3, 20, 4), (3, 20), (3, 20))
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    assert ((scores == 0) | (scores > 0.05)).all()
+    assert labels.min() >= 0
+    assert labels.max() <= 2
+    found = detector(images, SIZES)
+    assert [len(d) for d in found] == (scores > 0).sum(1).tolist()
+    assert sum(len(d) for d in found) > 0
+
+
+@torch.inference_mode()
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(detector, images):
+    together = detector(images, SIZES)
+    for n in range(3):
+        alone = detector(images[n : n + 1], SIZES[n : n + 1])[0]
+        torch.testing.assert_close(alone.boxes, together[n].boxes, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(alone.scores, together[n].scores, atol=1e-5, rtol=1e-4)
+        assert alone.labels.tolist() == together[n].labels.tolist()
+
+
+@torch.inference_mode()
+def test_the_box_head_takes_lists_and_tensors(detector, images):
+    features = detector.features(images)
+    boxes = torch.rand(3, 7, 4, generator=torch.Generator().manual_seed(0)) * 30
+    boxes[..., 2:] += boxes[..., :2] + 1
+    for a, b in zip(detector.box_head(features, boxes), detector.box_head(features, list(boxes)), strict=True):
+        torch.testing.assert_close(a, b)
+    logits, deltas = detector.box_head(features, [boxes[0], boxes[1][:0], boxes[2][:2]])
+    assert (logits.shape, deltas.shape) == ((9, 4), (9, 3, 4))
+    torch.testing.assert_close(logits[7:], detector.box_head(features, boxes)[0][14:16])
+
+
+def test_overfitting_one_image_finds_its_object():
+    """The parts fit together: a detector that is trained on one image finds what is in it."""
+    from softteacher.methods.supervised import supervised_losses
+    from tests.samples import noise_views
+
+    torch.manual_seed(0)
+    detector = build(load_settings("demo", TINY).detector, 2)
+    views = noise_views(1)
+    views.labels[0] += 1
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
+    first = None
+    for _ in range(40):
+        loss = torch.stack(list(supervised_losses(detector, views).values())).sum()
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * first
+    with torch.inference_mode():
+        found = detector.eval()(views.images, views.sizes)[0]
+    assert found.labels[0] == 1
+    assert found.scores[0] > 0.5
+    torch.testing.assert_close(found.boxes[0], views.boxes[0][0], atol=4, rtol=0)

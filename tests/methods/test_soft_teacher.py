@@ -1,0 +1,200 @@
+"""One step of Soft Teacher: what is a pseudo box, where it lands, who learns. Numbers: see test_numerics."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softteacher.config import load_settings
+from softteacher.data.images import PAD
+from softteacher.data.loader import Batch, Views, pad
+from softteacher.data.views import project_boxes, strong_view, weak_view
+from softteacher.detections import Detections
+from softteacher.detectors.build import build
+from softteacher.detectors.losses import RoIs
+from softteacher.methods import build_method
+from softteacher.methods.soft_teacher import SoftTeacher
+from softteacher.methods.supervised import Supervised
+from tests.samples import TINY, noise_views
+
+CLASSES = 3
+TERMS = {"rpn_cls", "rpn_box", "cls", "box"}
+
+
+def method(*overrides):
+    torch.manual_seed(0)
+    settings = load_settings("demo", [*TINY, *overrides])
+    student = build(settings.detector, CLASSES)
+    return build_method(settings, student, copy.deepcopy(student))
+
+
+def batch(seed=0):
+    plain = noise_views(seed=seed)
+    unlabeled = Views(plain.images, plain.sizes, plain.matrices, [], [])
+    return Batch(noise_views(seed=seed + 1), unlabeled, unlabeled)
+
+
+def believe(soft_teacher, monkeypatch, boxes, scores, labels):
+    """Make the teacher find these boxes in each view: B x [n, 4], the same scores and labels in all."""
+    count = len(boxes)
+    answer = torch.stack(boxes), torch.tensor([scores] * count), torch.tensor([labels] * count)
+    monkeypatch.setattr(soft_teacher.teacher, "detect", lambda features, sizes, training: answer)
+
+
+def test_the_method_by_its_name():
+    assert isinstance(method(), SoftTeacher)
+    assert isinstance(method("method.name=supervised"), Supervised)
+
+
+def test_no_pseudo_boxes():
+    """A fresh teacher is sure of nothing; all is background then, and every loss is finite."""
+    soft_teacher = method()
+    losses, facts = soft_teacher.losses(batch(), 0)
+    assert set(losses) == TERMS | {f"unsup_{t}" for t in TERMS}
+    assert all(torch.isfinite(v) for v in losses.values())
+    assert [facts[f"pseudo_boxes_{k}"] for k in ("pool", "rpn", "cls", "reg")] == [0, 0, 0, 0]
+    assert losses["unsup_box"] == losses["unsup_rpn_box"] == 0
+    assert losses["unsup_cls"] > 0
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in soft_teacher.student.parameters() if p.grad is not None)
+
+
+def test_burn_in_is_supervised_training():
+    labeled_only = Batch(batch().labeled)
+    torch.manual_seed(5)
+    ours, facts = method().losses(labeled_only, 0)
+    torch.manual_seed(5)
+    theirs, _ = method("method.name=supervised").losses(batch(), 0)
+    assert facts == {}
+    assert set(ours) == set(theirs) == TERMS
+    assert all(torch.equal(ours[k], theirs[k]) for k in TERMS)
+
+
+def test_the_unsupervised_half_is_weighted():
+    values = []
+    for weight in (1.0, 3.0):
+        torch.manual_seed(5)
+        values.append(method(f"method.unsup_weight={weight}").losses(batch(), 0)[0])
+    for key in TERMS:
+        torch.testing.assert_close(values[0][key], values[1][key])
+        torch.testing.assert_close(3 * values[0][f"unsup_{key}"], values[1][f"unsup_{key}"])
+
+
+@pytest.mark.parametrize(
+    ("scores", "pool", "rpn", "cls"),
+    [([0.95, 0.85, 0.7, 0.2], 3, 1, 2), ([0.5, 0.4, 0.3, 0.0], 0, 0, 0), ([0.99, 0.98, 0.97, 0.96], 4, 4, 4)],
+)
+def test_thresholds(monkeypatch, scores, pool, rpn, cls):
+    soft_teacher = method("method.rpn_threshold=0.9", "method.cls_threshold=0.8", "method.reg_variance_threshold=1000")
+    boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60], [5, 30, 25, 60], [30, 5, 60, 25]])
+    believe(soft_teacher, monkeypatch, [boxes, boxes], scores, [0, 1, 2, 0])
+    losses, facts = soft_teacher.losses(batch(), 0)
+    assert [facts[f"pseudo_boxes_{k}"] for k in ("pool", "rpn", "cls", "reg")] == [pool, rpn, cls, pool]
+    assert (losses["unsup_box"] > 0) == (pool > 0)
+    none = method("method.reg_variance_threshold=0")
+    believe(none, monkeypatch, [boxes, boxes], scores, [0, 1, 2, 0])
+    assert none.losses(batch(), 0)[1]["pseudo_boxes_reg"] == 0
+
+
+def test_pseudo_boxes_land_on_their_object(monkeypatch):
+    """A red square is seen by the teacher in the weak view; its pseudo box covers it in the strong view."""
+    data = load_settings("demo", ["data.strong_color=false", "data.strong_erase=false", "data.max_rotation=30"]).data
+    soft_teacher, found = method(), 0
+    truth = torch.tensor([[50, 40, 74, 70]])
+    pixels = np.empty((100, 120, 3), np.uint8)
+    pixels[:] = PAD
+    pixels[40:70, 50:74] = (255, 0, 0)
+    image = Image.fromarray(pixels)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        weak, strong = weak_view(image, rng, data), strong_view(image, rng, data)
+        views = [
+            Views(
+                pad([np.asarray(v.image)]), torch.tensor([v.image.size[::-1]]), torch.from_numpy(v.matrix)[None], [], []
+            )
+            for v in (weak, strong)
+        ]
+        believe(soft_teacher, monkeypatch, [project_boxes(truth, views[0].matrices[0])], [0.95], [1])
+        to_strong = views[1].matrices @ torch.linalg.inv(views[0].matrices)
+        features = soft_teacher.teacher.features(views[0].images)
+        with torch.no_grad():
+            pool = soft_teacher.pseudo_boxes(features, views[0], views[1], to_strong)[0]
+        red = np.asarray(strong.image, float)
+        ys, xs = np.nonzero((red[..., 0] - red[..., 1]) / 255 > 0.5)
+        if len(xs) and xs.min() > 0 and xs.max() < red.shape[1] - 1 and ys.min() > 0 and ys.max() < red.shape[0] - 1:
+            seen = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            np.testing.assert_allclose(pool.detections.boxes[0], seen, atol=3.5)
+            assert pool.detections.labels.tolist() == [1]
+            assert pool.variance.shape == (1,)
+            found += 1
+    assert found > 6
+
+
+def test_boxes_that_left_the_strong_view_are_dropped(monkeypatch):
+    soft_teacher = method()
+    boxes = torch.tensor([[40.0, 40, 60, 60], [2, 2, 20, 20]])
+    believe(soft_teacher, monkeypatch, [boxes], [0.95, 0.9], [0, 1])
+    views = noise_views(1)
+    moved = torch.eye(3).double()[None].clone()
+    moved[0, 0, 2] = -30  # the second box goes out on the left, half of the first stays
+    with torch.no_grad():
+        features = soft_teacher.teacher.features(views.images)
+        pool = soft_teacher.pseudo_boxes(features, views, views, moved)[0]
+    assert pool.detections.boxes.tolist() == [[10, 40, 30, 60]]
+    assert pool.variance.shape == (1,)
+
+
+def test_reliability_is_1_on_positives_and_the_teachers_background_score_on_negatives():
+    soft_teacher = method()
+    weak = noise_views(2)
+    boxes = [torch.tensor([[4.0, 4, 30, 30], [20, 20, 60, 50]]), torch.tensor([[1.0, 1, 20, 40]])]
+    rois = RoIs(boxes, torch.tensor([1, CLASSES, CLASSES]), torch.cat(boxes))
+    with torch.no_grad():
+        features = soft_teacher.teacher.features(weak.images)
+        weights = soft_teacher.reliability(features, rois, weak, torch.eye(3).double().repeat(2, 1, 1))
+        background = soft_teacher.teacher.box_head(features, boxes)[0].softmax(-1)[:, -1]
+    assert weights[0] == 1
+    torch.testing.assert_close(weights[1:], background[1:])
+    assert ((weights[1:] > 0) & (weights[1:] < 1)).all()
+
+
+@pytest.mark.parametrize("name", ["soft_teacher", "supervised"])
+def test_the_student_learns_and_the_teacher_never(monkeypatch, name):
+    chosen = method(f"method.name={name}", "method.reg_variance_threshold=1000")
+    if name == "soft_teacher":
+        boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
+        believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.92], [0, 1])
+        teacher = chosen.teacher
+        before = copy.deepcopy(teacher.state_dict())
+        assert all(p.requires_grad for p in teacher.parameters())  # nothing but the method keeps it out
+    losses, _ = chosen.losses(batch(), 0)
+    unsupervised = [v for k, v in losses.items() if k.startswith("unsup_")] or list(losses.values())
+    torch.stack(unsupervised).sum().backward()
+    for key, p in chosen.student.named_parameters():
+        assert p.grad is not None, key
+    assert any(p.grad.abs().sum() > 0 for p in chosen.student.backbone.parameters())
+    if name == "soft_teacher":
+        assert all(p.grad is None for p in teacher.parameters())
+        assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_variance_is_small_where_the_refinement_does_not_care(monkeypatch):
+    """Refinement that always answers the same box has no variance; none at all has about that of the jitter."""
+    soft_teacher = method()
+    box = torch.tensor([[10.0, 10, 50, 40]])
+    found = [Detections(box, torch.tensor([0.9]), torch.tensor([1]))]
+    features, sizes = soft_teacher.teacher.features(noise_views(1).images), torch.tensor([[64, 64]])
+
+    def head(_, copies, exact):
+        from softteacher.detectors.boxes import HEAD_STD, encode
+
+        deltas = encode(box.expand_as(copies[0]), copies[0], HEAD_STD) if exact else torch.zeros_like(copies[0])
+        return None, deltas[:, None].expand(-1, CLASSES, -1)
+
+    monkeypatch.setattr(soft_teacher.teacher, "box_head", lambda f, c: head(f, c, True))
+    assert soft_teacher.box_variance(features, found, sizes)[0].item() == pytest.approx(0, abs=1e-5)
+    monkeypatch.setattr(soft_teacher.teacher, "box_head", lambda f, c: head(f, c, False))
+    values = [soft_teacher.box_variance(features, found, sizes)[0].item() for _ in range(50)]
+    assert np.mean(values) == pytest.approx(0.06, rel=0.2)  # method.jitter_scale

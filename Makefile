@@ -5,7 +5,7 @@ KEEP ?=
 DATA ?=
 PRESET ?=
 SET ?=
-PERCENT ?= 10
+PERCENT ?=
 OUT ?= demo-output
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.py)
@@ -14,7 +14,7 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
-	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=10 OUT=folder KEEP=1'
+	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number OUT=folder KEEP=1'
 
 venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 
@@ -28,7 +28,7 @@ venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 	@touch $@
 
 demo: venv  ## the main job, end to end, on this machine
-	@$(BIN)/softteacher demo --out $(OUT) --percent $(PERCENT) $(if $(DATA),--data "$(DATA)") \
+	@$(BIN)/softteacher demo --out $(OUT) $(if $(PERCENT),--percent $(PERCENT)) $(if $(DATA),--data "$(DATA)") \
 		$(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') $(if $(KEEP),--keep)
 
 test: venv  ## all tests

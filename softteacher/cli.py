@@ -176,7 +176,7 @@ def config(preset: Preset = None, overrides: Set = None) -> None:
 def demo(
     data: Annotated[str | None, typer.Option(help="Your COCO data set, folder or s3://; by default digits.")] = None,
     out: Annotated[str, typer.Option(help="Folder for everything the run makes.")] = "demo-output",
-    percent: Annotated[float, typer.Option(help="Share of the training images that is labelled.")] = 10,
+    percent: Annotated[float | None, typer.Option(help="Labelled share; by default 10, of the digits 5.")] = None,
     preset: Preset = None,
     overrides: Set = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up until Ctrl-C.")] = False,

@@ -148,7 +148,9 @@ class TrainingSettings(_Group):
         "auto", description="auto: bf16 autocast where the hardware has it"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    threads: int = Field(0, ge=0, description="CPU threads of the networks; 0: one for each core. Tiny ones run best on 1")
+    threads: int = Field(
+        0, ge=0, description="CPU threads of the networks; 0: one for each core. Tiny ones run best on 1"
+    )
     log_every: int = Field(20, ge=1, description="iterations between two lines of training.jsonl")
     evaluate_every: int = Field(0, ge=0, description="iterations between two validations; 0: only at the end")
     evaluate_batch: int = Field(4, ge=1, description="images per batch in evaluation")

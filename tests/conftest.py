@@ -1,13 +1,20 @@
-"""The real servers, for every test that asks for them: started once, on loopback."""
+"""What tests share, made once: the real servers on loopback, and a model from the embedded data set."""
 
 import platform
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from softteacher.config import load_settings
+from softteacher.data.split import split
+from softteacher.demo.digits import make_digits
 from softteacher.demo.servers import ObjectStore, seaweedfs, triton
+from softteacher.serving.export import export
+from softteacher.training.train import train
+from tests.samples import TINY
 
 
 class TritonServer(NamedTuple):
@@ -40,3 +47,37 @@ def triton_server(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFa
     repository = f"{object_store.create_bucket('triton')}/models"
     with triton(repository, tmp_path_factory.mktemp("triton")) as url:
         yield TritonServer(url, repository)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 training and 6 validation scenes of the embedded data set."""
+    folder = tmp_path_factory.mktemp("digits")
+    make_digits(folder, train=12, val=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def manifests(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split of the digits: 6 labelled, 6 unlabelled, 6 validation images."""
+    folder = tmp_path_factory.mktemp("manifests")
+    split(str(digits), str(folder), percent=50, stratify=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(manifests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder after a few steps of Soft Teacher, with a teacher that believes nearly anything."""
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    low = [f"method.{key}_threshold=0.06" for key in ("pool", "rpn", "cls")]
+    settings = load_settings("demo", [*TINY, *low, "method.reg_variance_threshold=9", "method.burn_in=0.34"])
+    train(*(str(manifests / f"{n}.json") for n in ("labeled", "unlabeled", "validation")), str(folder), settings)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The onnx folder of `trained`."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export(str(trained), str(folder))
+    return folder

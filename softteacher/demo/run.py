@@ -32,14 +32,14 @@ DIGITS = ["data.horizontal_flip=0"]  # a mirrored digit is another sign
 
 
 def demo(
-    data: str | None, out: str, *, percent: float, preset: str | None, overrides: list[str], keep: bool = False
+    data: str | None, out: str, *, percent: float | None, preset: str | None, overrides: list[str], keep: bool = False
 ) -> None:
     """Run the pipeline on the embedded digits or on a user's COCO data set, and ask the deployed endpoint.
 
     Args:
         data: folder or `s3://` prefix with `images/` and `annotations/`; none: the digits.
         out: local folder for everything the run makes.
-        percent: share of the training images that is labelled.
+        percent: share of the training images that is labelled; none: 5 of the digits, 10 of a user's own.
         preset: of the training; none: `demo` for the digits, `small` for a user's own images.
         overrides: settings, `key=value`.
         keep: leave store and endpoint up until Ctrl-C.
@@ -52,6 +52,7 @@ def demo(
     name = "digits" if data is None else "detector"
     preset = preset or ("demo" if data is None else "small")
     overrides = [*(DIGITS if data is None else []), *overrides]
+    percent = percent or (5 if data is None else 10)
     load_settings(preset, overrides)
     if data is not None and not storage.is_s3(data) and not Path(data).is_dir():
         raise UserError(f"{data}: no such folder; give one with images/ and annotations/ in COCO format")

@@ -1,0 +1,146 @@
+"""`evaluate`: the files it writes say the same as pycocotools says about them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+
+from softteacher.errors import UserError
+from softteacher.evaluation.evaluate import evaluate
+from softteacher.evaluation.metrics import KEYS
+from softteacher.model_folder import ModelFolder, sha256
+from tests.evaluation.test_metrics import original
+from tests.samples import write_json
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    return out, evaluate(str(trained), str(digits / "annotations" / "instances_val.json"), str(out))
+
+
+def test_files(evaluated, trained):
+    out, metrics = evaluated
+    assert {p.name for p in out.iterdir()} == {"metrics.json", "detections.json", "report.html"}
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "per_class"} <= set(metrics)
+    assert set(metrics) >= {"teacher", "student", "weights"}
+    assert metrics["weights"] == "teacher"
+    assert all(metrics["teacher"][k] == metrics[k] for k in (*KEYS, "per_class"))
+    trained_metrics = json.loads((trained / "metrics.json").read_text())
+    assert {k: metrics[k] for k in ("teacher", "student")} == trained_metrics
+
+
+def test_pycocotools_says_the_same_about_the_detections(evaluated, digits):
+    out, metrics = evaluated
+    path = digits / "annotations" / "instances_val.json"
+    results = json.loads((out / "detections.json").read_text())
+    assert len(results) > 100
+    assert {row["image_id"] for row in results} <= set(COCO(str(path)).imgs)
+    assert [metrics[key] for key in KEYS] == original(path, results).stats.tolist()
+
+
+@pytest.mark.parametrize("weights", ["teacher", "student"])
+def test_one_of_the_two(evaluated, trained, manifests, tmp_path, weights):
+    metrics = evaluate(str(trained), str(manifests / "validation.json"), str(tmp_path / "out"), weights=weights)
+    assert metrics["weights"] == weights
+    assert {"teacher", "student"} & set(metrics) == {weights}
+    assert metrics["AP"] == evaluated[1][weights]["AP"]
+
+
+def test_an_image_that_is_broken_is_left_out(trained, digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "set")
+    (tmp_path / "set" / "images" / "000014.jpg").write_bytes(b"")
+    data = str(tmp_path / "set" / "annotations" / "instances_val.json")
+    evaluate(str(trained), data, str(tmp_path / "out"))
+    assert "1 of 6 images are missing or broken and left out" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {row["image_id"] for row in results} == {13, 15, 16, 17, 18}
+    (tmp_path / "set" / "images" / "000015.jpg").unlink()
+    with pytest.raises(UserError, match="2 of 6 images are missing or broken, 1 allowed"):
+        evaluate(str(trained), data, str(tmp_path / "out2"))
+    assert not (tmp_path / "out2").exists()
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+
+
+def replaced(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+class Harmful:
+    path: str
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def harmful(folder):
+    torch.save({"a": Harmful()}, folder / "teacher.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "signed", "message"),
+    [
+        *((without(f), False, f"{f}: missing or changed") for f in ("student.pt", "teacher.pt", "settings.yaml")),
+        (without("provenance.json"), False, "is torn: no provenance.json"),
+        (cut("teacher.pt"), False, "teacher.pt: missing or changed"),
+        (cut("teacher.pt"), True, "teacher.pt: these are no weights for its settings"),
+        (harmful, True, "teacher.pt: these are no weights for its settings"),
+        (lambda folder: torch.save([1], folder / "teacher.pt"), True, "teacher.pt: these are no weights"),
+        (replaced("settings.yaml", "data: {short_side: 96}"), False, "settings.yaml: missing or changed"),
+        (replaced("settings.yaml", "data: {short_side: -1}"), True, "data.short_side = -1"),
+        (replaced("settings.yaml", "[1"), True, "not valid YAML"),
+        (replaced("settings.yaml", "detector: {fpn_channels: 8, norm: group}"), True, "no weights for its settings"),
+        (replaced("classes.json", "5"), True, "classes.json is not ours"),
+        (replaced("classes.json", '[{"id": NaN, "name": "x"}]'), True, "classes.json is not ours"),
+        (replaced("classes.json", "[]"), True, "its classes are not those"),
+        *((replaced("provenance.json", t), False, "provenance.json is not ours") for t in ("5", "{}", '{"sha256": 5}')),
+        (replaced("provenance.json", "{"), False, "provenance.json: missing or broken json"),
+        (replaced("provenance.json", '{"sha256": {}}'), False, "student.pt: missing or changed"),
+    ],
+)
+def test_a_model_folder_that_is_torn_or_not_ours(trained, manifests, tmp_path, damage, signed, message):
+    folder, trap = tmp_path / "model", tmp_path / "trap"
+    Harmful.path = str(trap)
+    shutil.copytree(trained, folder)
+    damage(folder)
+    if signed:  # somebody who can change the weights can change their digests, too
+        facts = json.loads((folder / "provenance.json").read_text())
+        facts["sha256"] = {name: sha256(folder / name) for name in facts["sha256"]}
+        (folder / "provenance.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=message) as e:
+        evaluate(str(folder), str(manifests / "validation.json"), str(tmp_path / "out"))
+    assert len(str(e.value).splitlines()) == 1
+    assert not trap.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("/nowhere", "/nowhere: no such file or folder"), ("digits", "is no model folder: no provenance.json")],
+)
+def test_no_model_folder(manifests, digits, tmp_path, model, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(str(digits) if model == "digits" else model, str(manifests / "validation.json"), str(tmp_path / "out"))
+
+
+def test_errors_name_the_folder_that_the_user_gave(trained):
+    with pytest.raises(UserError, match="s3://bucket/model: is no model folder"):
+        ModelFolder("/tmp", "s3://bucket/model")
+
+
+def test_other_classes(trained, manifests, tmp_path):
+    tree = json.loads((manifests / "validation.json").read_text())
+    tree["categories"][0]["name"] = "nil"
+    path = write_json(tmp_path / "v.json", tree)
+    with pytest.raises(UserError, match="its classes are not those that"):
+        evaluate(str(trained), path, str(tmp_path / "out"))

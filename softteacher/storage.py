@@ -185,6 +185,8 @@ def local_input(uri: str | Path) -> Iterator[Path]:
 def output_folder(uri: str | Path) -> Iterator[Path]:
     """A scratch folder whose files are published at `uri` when the block succeeds, and vanish when it fails.
 
+    Where only the publishing fails, the folder is kept and the error names it: hours of work may be in it.
+
     Nothing half-written is ever seen at `uri`; files there that the block did not write stay as they are.
 
     Example:
@@ -200,11 +202,17 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
             if Path(uri).exists() and not Path(uri).is_dir():
                 raise UserError(f"{uri}: is a file, but a folder is needed for the output; choose another --out")
             parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(parent, os.W_OK):
+                raise UserError(f"{uri}: {parent} is not writable; choose another --out, or change its mode")
     with _explained(uri):
         scratch = Path(tempfile.mkdtemp(prefix=".softteacher-", dir=parent))
     try:
         with _explained(uri):
             yield scratch
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    try:
         if is_s3(uri):
             copy(scratch, uri)
         else:
@@ -213,8 +221,9 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
                     target = Path(uri, info.name)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     (scratch / info.name).replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except UserError as e:
+        raise UserError(f"{e}; the finished result is kept in {scratch}") from e
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 class MissingFile(UserError):

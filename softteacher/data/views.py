@@ -116,10 +116,11 @@ def warp(view: View, matrix: np.ndarray) -> View:
 
 
 def erase(image: Image.Image, rng: Rng) -> Image.Image:
-    """Fill one to five patches, each up to 20 % of the sides, with grey."""
+    """Fill one to five patches, each of one share (up to 20 %) of both sides, with grey."""
     image = image.copy()
     for _ in range(rng.integers(1, 6)):
-        width, height = (round(rng.uniform(0, 0.2) * side) for side in image.size)
+        share = rng.uniform(0, 0.2)
+        width, height = (round(share * side) for side in image.size)
         x, y = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
         image.paste(PAD, (int(x), int(y), int(x) + width, int(y) + height))
     return image

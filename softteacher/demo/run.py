@@ -141,10 +141,12 @@ def _facts(steps: dict[str, Any], seconds: float) -> dict[str, Any]:
     scores = [
         json.loads(Path(steps[s]["results"], "metrics.json").read_text()) for s in ("evaluate-baseline", "evaluate")
     ]
+    parts = json.loads(Path(steps["split"]["dataset"], "split.json").read_text())
     # supervised training without a teacher gives its student
     rows = {"supervised": scores[0]["student"], "student": scores[1]["student"], "teacher": scores[1]["teacher"]}
     return {
         "ap": {name: {key: row[key] for key in ("AP", "AP50", "AP75")} for name, row in rows.items()},
+        "images": {part: parts[part]["images"] for part in ("labeled", "unlabeled", "validation")},
         "deployed": "deploy" in steps,
         "seconds": {**{name: outputs["seconds"] for name, outputs in steps.items()}, "all": round(seconds, 1)},
         "places": {

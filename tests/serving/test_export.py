@@ -149,6 +149,22 @@ def test_an_export_that_loses_accuracy_is_refused(exported, trained, tmp_path, m
     assert not (tmp_path / "onnx").exists()
 
 
+def test_an_export_that_answers_otherwise_is_refused(exported, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        module, "write_onnx", lambda served, source, size, file: shutil.copy(exported / "model.onnx", file)
+    )
+    shutil.copytree(trained, tmp_path / "model")
+    folder = ModelFolder(tmp_path / "model")
+    teacher = folder.detector("teacher")
+    with torch.no_grad():
+        teacher.head_logits.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    facts = {k: v for k, v in folder.provenance.items() if k != "sha256"}
+    ModelFolder.write(folder.path, teacher, teacher, folder.settings, folder.validation(), {}, facts)
+    with pytest.raises(UserError, match=r"at batch 1 the ONNX file finds \d+ of PyTorch's \d+ boxes; not exported"):
+        export(str(tmp_path / "model"), str(tmp_path / "onnx"))
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_canvas_size(trained, manifests):
     class Source:
         settings = ModelFolder(trained).settings

@@ -1,0 +1,279 @@
+"""The command line: exit codes, one line for what is wrong, nothing half-written."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from softteacher import cli, storage
+from softteacher.config import Settings
+from tests.samples import TINY, coco_tree, write_coco, write_json
+
+COMMANDS = ("split", "train", "evaluate", "export", "deploy", "predict", "config", "demo")
+SETS = [part for override in TINY for part in ("--set", override)]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command; returns exit code, standard output and the lines of standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["softteacher", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code or 0
+        out, err = capsys.readouterr()
+        return code, out, [line for line in err.splitlines() if "[###" not in line]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("cli") / "set")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"Example: softteacher {command}" in " ".join(out.split())
+
+
+def test_usage(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+    for arguments in (["nonsense"], ["split"], ["split", "--percent", "abc"], ["train", "--method", "magic"]):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err
+
+
+def test_the_main_line(run, digits, trained, exported, tmp_path):
+    out = tmp_path / "s"
+    code, printed, _ = run("split", "--data", digits, "--percent", "50", "--fold", "2", "--out", out, "--stratify")
+    assert code == 0
+    assert json.loads(printed.splitlines()[-1]) == {"labeled": 6, "unlabeled": 6, "validation": 6}
+    parts = [x for n in ("labeled", "unlabeled", "validation") for x in (f"--{n}", out / f"{n}.json")]
+    short = ["--set", "training.iterations=2"]
+    code, printed, _ = run("train", *parts, "--preset", "demo", *SETS, *short, "--out", tmp_path / "m")
+    assert code == 0
+    assert {"teacher_AP", "student_AP"} <= set(json.loads(printed.splitlines()[-1]))
+    run("train", *parts, "--preset", "demo", *SETS, *short, "--method", "supervised", "--out", tmp_path / "b")
+    assert yaml.safe_load((tmp_path / "b" / "settings.yaml").read_text())["method"]["name"] == "supervised"
+    code, printed, _ = run(
+        "evaluate", "--model", tmp_path / "m", "--data", out / "validation.json", "--out", tmp_path / "e"
+    )
+    assert code == 0
+    assert set(json.loads(printed.splitlines()[-1])) == {"AP", "AP50", "AP75"}
+
+
+def test_config(run):
+    code, out, _ = run("config", "--preset", "demo", "--set", "training.iterations=5")
+    assert code == 0
+    assert "# presets: coco-10pct" in out
+    tree = yaml.safe_load(out)
+    assert tree["training"]["iterations"] == 5
+    assert set(tree) == set(Settings.model_fields)
+
+
+def bad(tmp_path, name):
+    """The arguments of a command with one thing wrong."""
+    tree = coco_tree()
+    folder = tmp_path / "in"
+    write_coco(folder)
+    split = ["split", "--data", folder, "--percent", "25", "--out", tmp_path / "out"]
+    train = ["train", "--labeled", folder / "annotations" / "instances_train.json", "--method", "supervised"]
+    train += ["--validation", folder / "annotations" / "instances_val.json", "--preset", "demo", *SETS]
+    train += ["--out", tmp_path / "out"]
+    file = folder / "annotations" / "instances_train.json"
+    match name:
+        case "no data":
+            split[2] = "/nowhere"
+        case "no json":
+            shutil.rmtree(folder / "annotations")
+        case "broken json":
+            file.write_text("{")
+        case "missing key":
+            write_json(file, {"images": tree["images"]})
+        case "zero boxes":
+            write_json(file, tree | {"annotations": []})
+        case "class sets":
+            write_json(file, tree | {"categories": [*tree["categories"], {"id": 5, "name": "cow"}]})
+        case "leaves":
+            tree["images"][2]["file_name"] = "../../secret.png"
+            write_json(file, tree)
+        case "leaves by link":
+            (folder / "images" / "3.png").unlink()
+            (folder / "images" / "3.png").symlink_to("/etc/hostname")
+        case "two broken images":
+            for n in (1, 2):
+                (folder / "images" / f"{n}.png").write_bytes(b"")
+        case "percent":
+            split[4] = "100"
+        case "out is a file":
+            (tmp_path / "out").write_text("precious")
+        case "out under a file":
+            (tmp_path / "file").write_text("precious")
+            split[6] = tmp_path / "file" / "out"
+        case "no s3":
+            split[2] = "s3://bucket/data"
+        case "no s3 for the output":
+            split[6] = "s3://bucket/out"
+        case "bad s3 uri":
+            split[2] = "s3://"
+        case "unknown setting":
+            return [*train, "--set", "training.iteration=5"]
+        case "unknown preset":
+            return [*train, "--preset", "demos"]
+        case "bad value":
+            return [*train, "--set", "training.lr=fast"]
+        case "no model":
+            return ["evaluate", "--model", folder, "--data", file, "--out", tmp_path / "out"]
+        case "no model to export":
+            return ["export", "--model", "/nowhere", "--out", tmp_path / "out"]
+        case "no triton":
+            return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", folder / "images" / "1.png"]
+        case "no image":
+            return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", "/nowhere.png"]
+        case "deploy what":
+            return ["deploy", "--triton", "http://127.0.0.1:9", "--name", "x", "--repository", tmp_path / "out"]
+        case "deploy nothing":
+            return [
+                "deploy",
+                "--onnx",
+                "/nowhere",
+                "--triton",
+                "http://127.0.0.1:9",
+                "--name",
+                "x",
+                "--repository",
+                tmp_path / "out",
+            ]
+        case "rollback without triton":
+            return [
+                "deploy",
+                "--rollback",
+                "--triton",
+                "http://127.0.0.1:9",
+                "--name",
+                "x",
+                "--repository",
+                tmp_path / "out",
+            ]
+    return split
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no data", "/nowhere: no such folder or prefix"),
+        ("no json", "needs annotations/instances_train.json"),
+        ("broken json", "instances_train.json: broken json"),
+        ("missing key", "no key 'annotations'"),
+        ("zero boxes", "not one labelled box"),
+        ("class sets", "the class sets differ"),
+        ("leaves", "image 3: file_name '../../secret.png' leaves the image folder"),
+        ("leaves by link", "image 3: file_name '3.png' leaves the image folder by a link"),
+        ("two broken images", "2 of 8 images are missing or broken, 1 allowed"),
+        ("percent", "--percent 100: must be"),
+        ("out is a file", "out: is a file, but a folder is needed"),
+        ("out under a file", "is a file where a folder is needed"),
+        ("no s3", "s3://bucket/data: S3 at http://127.0.0.1:9 can't be reached"),
+        ("no s3 for the output", "s3://bucket/out: S3 at http://127.0.0.1:9 can't be reached"),
+        ("bad s3 uri", "no bucket in the S3 URI"),
+        ("unknown setting", "training.iteration: no such setting; did you mean training.iterations?"),
+        ("unknown preset", "did you mean demo?"),
+        ("bad value", "training.lr = 'fast'"),
+        ("no model", "is no model folder"),
+        ("no model to export", "/nowhere: no such file or folder"),
+        ("no triton", "Triton at http://127.0.0.1:9 can't be reached"),
+        ("no image", "/nowhere.png: no such file"),
+        ("deploy what", "give either --onnx DIR or --rollback"),
+        ("deploy nothing", "/nowhere: no such file or folder"),
+        ("rollback without triton", "Triton at http://127.0.0.1:9 can't be reached"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, name, message):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    arguments = bad(tmp_path, name)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*arguments)
+    errors = [line for line in err if line.startswith("error: ")]
+    assert code == 2
+    assert len(errors) == 1
+    assert err[-1] == errors[0]
+    assert message in errors[0]
+    assert "Traceback" not in "\n".join(err)
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("command", ["split", "train", "evaluate"])
+def test_a_full_disk(run, tmp_path, monkeypatch, trained, manifests, data, command):
+    arguments = {
+        "split": ["split", "--data", data, "--percent", "25"],
+        "train": [
+            "train",
+            "--labeled",
+            manifests / "labeled.json",
+            "--method",
+            "supervised",
+            "--preset",
+            "demo",
+            *SETS,
+        ],
+        "evaluate": ["evaluate", "--model", trained],
+    }[command]
+    if command != "split":
+        arguments += ["--validation" if command == "train" else "--data", manifests / "validation.json"]
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = run(*arguments, "--out", tmp_path / "out")
+    assert code == 2
+    assert "the disk is full; free some space" in err[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_ours_is_exit_1(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("softteacher.data.split.find_annotations", lambda data: 1 / 0)
+    code, _, err = run("split", "--data", data, "--percent", "25", "--out", tmp_path / "out")
+    assert code == 1
+    assert len(err) == 1
+    assert err[0].startswith("internal error: ZeroDivisionError")
+    (log,) = tmp_path.iterdir()
+    assert str(log) in err[0]
+    assert "Traceback" in log.read_text()
+
+
+def test_a_message_is_one_line_whatever_it_quotes(run, tmp_path):
+    code, _, err = run("split", "--data", f"{tmp_path}/a\nb", "--percent", "25", "--out", tmp_path / "out")
+    assert code == 2
+    assert len(err) == 1
+
+
+def test_as_a_program(data, tmp_path):
+    command = [sys.executable, "-c", "from softteacher.cli import main; main()", "split", "--data", str(data)]
+    good = subprocess.run([*command, "--percent", "25", "--out", str(tmp_path / "a")], capture_output=True, text=True)
+    assert (good.returncode, json.loads(good.stdout)["labeled"]) == (0, 2)
+    assert sorted(f.name for f in storage.list_files(tmp_path / "a")) == sorted(
+        ["labeled.json", "split.json", "unlabeled.json", "validation.json"]
+    )
+    wrong = subprocess.run([*command, "--percent", "0", "--out", str(tmp_path / "b")], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.splitlines() == ["error: --percent 0: must be more than 0 and less than 100, e.g. 10"]

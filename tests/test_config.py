@@ -1,0 +1,161 @@
+"""The settings tree: the paper's values, overrides, and what is refused with the nearest valid key."""
+
+import pytest
+import yaml
+
+from softteacher.config import Settings, load_settings, presets, read_settings
+from softteacher.errors import UserError
+
+
+def value(settings, key):
+    group, name = key.split(".")
+    return getattr(getattr(settings, group), name)
+
+
+def test_presets():
+    assert set(presets()) >= {"demo", "coco-1pct", "coco-5pct", "coco-10pct", "coco-full"}
+
+
+@pytest.mark.parametrize("preset", ["coco-1pct", "coco-5pct", "coco-10pct"])
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("method.name", "soft_teacher"),
+        ("method.unsup_weight", 4),
+        ("method.pool_threshold", 0.5),
+        ("method.rpn_threshold", 0.9),
+        ("method.cls_threshold", 0.9),
+        ("method.reg_variance_threshold", 0.02),
+        ("method.jitter_times", 10),
+        ("method.jitter_scale", 0.06),
+        ("method.ema_momentum", 0.999),
+        ("method.burn_in", 0),
+        ("training.iterations", 180_000),
+        ("training.lr", 0.01),
+        ("training.lr_steps", (2 / 3, 8 / 9)),
+        ("training.labeled_per_batch", 1),
+        ("training.unlabeled_per_batch", 4),
+        ("training.weight_decay", 1e-4),
+        ("training.warmup_iterations", 500),
+        ("data.short_side", 800),
+        ("data.max_long_side", 1333),
+        ("detector.name", "fasterrcnn_resnet50_fpn"),
+        ("detector.roi_batch", 512),
+        ("detector.max_detections", 100),
+    ],
+)
+def test_the_papers_partial_setting(preset, key, expected):
+    assert value(load_settings(preset), key) == expected
+
+
+def test_the_papers_full_setting():
+    settings = load_settings("coco-full")
+    assert settings.method.unsup_weight == 2
+    assert settings.training.iterations == 720_000
+    assert (settings.training.labeled_per_batch, settings.training.unlabeled_per_batch) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("training.iterations=7", "training.iterations", 7),
+        ("training.iterations=10.0", "training.iterations", 10),
+        ("training.lr=1e-4", "training.lr", 1e-4),
+        ("data.scale_jitter=[0.8, 1.2]", "data.scale_jitter", (0.8, 1.2)),
+        ("detector.backbone_weights=s3://b/w.pth", "detector.backbone_weights", "s3://b/w.pth"),
+        ("detector.backbone_weights=null", "detector.backbone_weights", None),
+        ("detector.name=fasterrcnn_mobilenet_v2_fpn", "detector.name", "fasterrcnn_mobilenet_v2_fpn"),
+        ("data.strong_color=false", "data.strong_color", False),
+        ("export.image_size=[64, 96]", "export.image_size", (64, 96)),
+    ],
+)
+def test_overrides(override, key, expected):
+    assert value(load_settings("coco-10pct", ["training.iterations=3", override]), key) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.iteration=5", "training.iteration: no such setting; did you mean training.iterations?"),
+        ("iterations=5", "iterations: no such setting; did you mean training.iterations?"),
+        ("trainng.lr=5", "did you mean training.lr?"),
+        ("short_side=5", "did you mean data.short_side?"),
+        ("foo=1", "foo: no such setting; did you mean [a-z]+"),
+        ("=5", "no such setting"),
+        ("training=5", "no such setting; did you mean training"),
+        ("training.iterations", "write key=value"),
+        ("detector.name=resnet50", "did you mean fasterrcnn_resnet50_fpn?"),
+        ("training.optimizer=adam", "did you mean adamw?"),
+        ("method.name=softteacher", "did you mean soft_teacher?"),
+        ("training.iterations=0", "training.iterations = 0: .*greater than or equal to 1"),
+        ("training.iterations=abc", "training.iterations = 'abc': .*integer"),
+        ("training.iterations=1.5", "training.iterations = 1.5: .*integer"),
+        ("training.iterations=true", "training.iterations = True"),
+        ("training.iterations=1000000000000", "training.iterations = "),
+        ("training.seed=-1", "training.seed = -1"),
+        ("training.seed=4294967296", "training.seed = "),
+        *((f"training.lr={v}", "training.lr = ") for v in ("0", "-1", "nan", ".nan", ".inf", "inf", "[1]", "true", "")),
+        ("training.lr_steps=[.nan]", "training.lr_steps = nan"),
+        ("data.scale_jitter=[2, 1]", "0 < low <= high"),
+        ("data.scale_jitter=3", "data.scale_jitter = 3"),
+        ("data.long_side=40", "long_side must not be under data.short_side"),
+        ("data.horizontal_flip=2", "data.horizontal_flip = 2"),
+        ("data.labeled_color=maybe", "data.labeled_color = 'maybe'"),
+        ("data.workers=2001-13-45", "can't be read"),
+        ("data.workers=[1", "can't be read"),
+        ("export.image_size=[1]", "export.image_size"),
+        ("export.image_size=[0, 64]", "export.image_size = 0"),
+        ("detector.backbone_weights=123", "detector.backbone_weights = 123"),
+    ],
+)
+def test_refused(override, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")) as e:
+        load_settings(None, [override])
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("coco-10", "did you mean coco-10pct?"), ("zzzzzz", "there are coco-10pct, "), ("", "there are")],
+)
+def test_unknown_preset(name, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        load_settings(name)
+
+
+@pytest.mark.parametrize("preset", [None, *presets()])
+@pytest.mark.parametrize("comments", [False, True])
+def test_round_trip(tmp_path, preset, comments):
+    settings = load_settings(preset, ["training.seed=7", "detector.backbone_weights='a: #b'"])
+    (tmp_path / "settings.yaml").write_text(settings.to_yaml(comments))
+    assert read_settings(tmp_path / "settings.yaml") == settings
+
+
+def test_every_key_is_explained():
+    text = Settings().to_yaml(comments=True)
+    tree = yaml.safe_load(text)
+    keys = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len(keys) == sum(len(group) for group in tree.values()) > 50
+    assert all("  # " in line and line.split("  # ")[1] not in {"", "None"} for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no settings in it"),
+        ("5", "no settings in it"),
+        ("[1", "not valid YAML"),
+        ("a: 2001-13-45", "not valid YAML"),
+        ("data: {short_side: -1}", "data.short_side = -1"),
+        ("data: {shortside: 64}", "data.shortside = 64"),
+        ("data: null", "data = None"),
+        ("colour: {}", "colour = {}"),
+        ("{5: 3}", "Keys should be strings"),
+    ],
+)
+def test_read_settings(tmp_path, text, message):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as e:
+        read_settings(path)
+    assert str(path) in str(e.value)

@@ -196,9 +196,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
         storage.copy(tmp_path / "from", "/dev/full")
 
 
-def test_a_result_that_cannot_be_published_is_kept(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is kept in") as error, storage.output_folder(tmp_path / "out") as folder:
-        (folder / "weights").write_text("hours of work")
-        (tmp_path / "out").write_text("somebody else's file")
+def test_a_result_that_cannot_be_published_is_kept(tmp_path):
+    def work() -> None:
+        with storage.output_folder(tmp_path / "out") as folder:
+            (folder / "weights").write_text("hours of work")
+            (tmp_path / "out").write_text("somebody else's file")
+
+    with pytest.raises(UserError, match="is kept in") as error:
+        work()
     kept = Path(str(error.value).rsplit(" ", 1)[1])
     assert (kept / "weights").read_text() == "hours of work"

@@ -37,6 +37,13 @@ class MethodName(StrEnum):
     supervised = "supervised"
 
 
+class BackendName(StrEnum):
+    """Triton's backends that can run the model."""
+
+    python = "python"
+    onnxruntime = "onnxruntime"
+
+
 class WeightsName(StrEnum):
     """Which of the two detectors."""
 
@@ -134,6 +141,10 @@ def deploy(
     name: Annotated[str, typer.Option(help="Name of the model.")],
     onnx: Annotated[str | None, typer.Option(help="Folder that `softteacher export` wrote.")] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Go back one version.")] = False,
+    backend: Annotated[
+        BackendName, typer.Option(help="Triton's; NVIDIA's container has onnxruntime.")
+    ] = BackendName.python,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run on Triton's GPUs.")] = False,
 ) -> None:
     """Make a new version live when it answers as ONNX Runtime does; otherwise the old one stays."""
     from softteacher.serving import deploy as serving
@@ -143,7 +154,7 @@ def deploy(
     if onnx is None:
         _facts(serving.rollback(repository, triton, name))
     else:
-        _facts(serving.deploy(onnx, repository, triton, name))
+        _facts(serving.deploy(onnx, repository, triton, name, backend=backend.value, gpu=gpu))
 
 
 @app.command(epilog="Example: softteacher predict --triton http://localhost:8000 --name cards table.jpg --out pictures")

@@ -82,11 +82,16 @@ class DetectorSettings(_Group):
     backbone_weights: str | None = Field(
         None, description="torchvision weights name (IMAGENET1K_V1), local path or s3:// URI; none: random"
     )
-    norm: Literal["frozen_batch", "group"] = Field(
-        "frozen_batch",
-        description="backbone normalisation: frozen_batch needs backbone_weights, group learns from nothing",
+    norm: Literal["auto", "frozen_batch", "group"] = Field(
+        "auto",
+        description="of the backbone; auto: frozen_batch with backbone_weights, else group, which learns from nothing",
     )
-    frozen_stages: int = Field(1, ge=0, le=5, description="backbone stages that stay as loaded, stem first; 0: none")
+    frozen_stages: int = Field(
+        1,
+        ge=0,
+        le=4,
+        description="backbone stages that stay as loaded, stem in the first; without backbone_weights none",
+    )
     fpn_channels: int = Field(256, ge=8, le=1024, description="channels of every pyramid level")
     head_channels: int = Field(
         1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"
@@ -202,7 +207,7 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
 
     Args:
         preset: one of `presets()`; none for the defaults.
-        overrides: e.g. `training.iterations=1000`, `data.scale_jitter=[0.8, 1.2]`; values are YAML.
+        overrides: e.g. `training.iterations=1000`, `data.scale_jitter=[0.8, 1.2]`; values are YAML, or `none`.
 
     Raises:
         UserError: unknown preset or key (the nearest valid one is named), or a bad value.
@@ -229,7 +234,7 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
         except (yaml.YAMLError, ValueError, RecursionError):  # a date like 2001-13-45 is a ValueError
             raise UserError(f"--set {override}: the value can't be read; quote it as YAML") from None
         if isinstance(value, str):
-            value = _as_number(value)
+            value = None if value.lower() == "none" else _as_number(value)
         group, name = key.split(".")
         tree.setdefault(group, {})[name] = value
     return _validated(tree, "settings")

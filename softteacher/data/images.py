@@ -79,7 +79,7 @@ def load_image(uri: str | Path) -> Image.Image:
     return decode(storage.read_bytes(uri), str(uri))[0]
 
 
-def test_size(width: int, height: int, short_side: int, long_side: int) -> tuple[int, int]:
+def inference_size(width: int, height: int, short_side: int, long_side: int) -> tuple[int, int]:
     """Width and height with the ratio kept, the short side at most `short_side` and the long at most `long_side`."""
     scale = min(short_side / min(width, height), long_side / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -98,13 +98,13 @@ def letterbox(
     Args:
         image: RGB.
         size: (height, width) of the canvas; an image that would not fit is made smaller.
-        short_side: as in `test_size`.
-        long_side: as in `test_size`.
+        short_side: as in `inference_size`.
+        long_side: as in `inference_size`.
 
     Returns:
         The canvas, uint8 [H, W, 3], and the scale (x, y) from original to canvas pixels.
     """
-    width, height = test_size(*image.size, short_side, long_side)
+    width, height = inference_size(*image.size, short_side, long_side)
     shrink = min(1.0, size[1] / width, size[0] / height)
     width, height = max(1, min(size[1], round(width * shrink))), max(1, min(size[0], round(height * shrink)))
     canvas = np.full((*size, 3), PAD, np.uint8)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from softteacher.config import DataSettings
-from softteacher.data.images import PAD, resize, test_size
+from softteacher.data.images import PAD, inference_size, resize
 
 Rng = np.random.Generator
 
@@ -42,7 +42,7 @@ def weak_view(image: Image.Image, rng: Rng, settings: DataSettings) -> View:
     """Resize and flip: what the teacher sees."""
     low, high = (round(settings.short_side * share) for share in settings.scale_jitter)
     short = int(rng.integers(low, high + 1))
-    width, height = test_size(*image.size, short, max(short, settings.max_long_side))
+    width, height = inference_size(*image.size, short, max(short, settings.max_long_side))
     matrix = np.diag([width / image.width, height / image.height, 1.0])
     image = resize(image, width, height)
     if rng.random() < settings.horizontal_flip:

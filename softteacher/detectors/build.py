@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from softteacher import storage
 from softteacher.config import DetectorSettings
+from softteacher.console import say
 from softteacher.detectors.faster_rcnn import FasterRCNN
 from softteacher.errors import UserError
 
@@ -28,13 +29,15 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
     Raises:
         UserError: the weights are missing, or don't fit the architecture.
     """
-    if settings.norm == "frozen_batch" and settings.backbone_weights is None:
+    pretrained = settings.backbone_weights is not None
+    if settings.norm == "frozen_batch" and not pretrained:
         raise UserError(
             "detector.backbone_weights: none given, but detector.norm=frozen_batch can't learn without; give a "
-            "torchvision name (IMAGENET1K_V1), a path or an s3:// URI, or set detector.norm=group"
+            "torchvision name (IMAGENET1K_V1), a path or an s3:// URI, or set detector.norm=auto"
         )
     name = settings.name.removeprefix("fasterrcnn_").removesuffix("_fpn")
-    norm: Any = _FrozenBatchNorm if settings.norm == "frozen_batch" else _group_norm
+    frozen_norm = settings.norm == "frozen_batch" or (settings.norm == "auto" and pretrained)
+    norm: Any = _FrozenBatchNorm if frozen_norm else _group_norm
     trunk: Any
     if name == "tiny":
         # small enough to learn simple scenes in minutes without pretraining
@@ -54,7 +57,9 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
         channels = [c * (4 if name in {"resnet50", "resnet101"} else 1) for c in (64, 128, 256, 512)]
     if load_backbone and settings.backbone_weights is not None:
         _load(trunk, name, settings.backbone_weights)
-    for stage in stages[: settings.frozen_stages]:
+    elif load_backbone and name != "tiny":
+        say(f"warning: no detector.backbone_weights: {settings.name} learns from nothing, which takes far more images")
+    for stage in stages[: settings.frozen_stages if pretrained else 0]:
         stage.requires_grad_(False)
     return FasterRCNN(stages, channels, classes, settings)
 

@@ -11,7 +11,7 @@ from softteacher.config import Settings
 from softteacher.console import Bar
 from softteacher.data.check import read_image, report_broken
 from softteacher.data.coco import CocoDataset
-from softteacher.data.images import BadImage, resize, test_size
+from softteacher.data.images import BadImage, inference_size, resize
 from softteacher.data.loader import pad
 from softteacher.detections import Detections
 from softteacher.detectors.faster_rcnn import FasterRCNN
@@ -44,7 +44,7 @@ def detect_dataset(
                 except (BadImage, MissingFile) as e:
                     broken.append(str(e))
                     continue
-                width, height = test_size(*image.size, settings.data.short_side, settings.data.max_long_side)
+                width, height = inference_size(*image.size, settings.data.short_side, settings.data.max_long_side)
                 ids.append(dataset.images[index].id)
                 images.append(np.asarray(resize(image, width, height)))
                 scales.append(np.array([width / image.width, height / image.height] * 2, np.float32))

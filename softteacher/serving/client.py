@@ -14,8 +14,7 @@ from PIL import Image
 from softteacher.data.images import letterbox, load_image
 from softteacher.detections import Detections
 from softteacher.errors import UserError
-from softteacher.serving.onnx_runtime import to_detections
-from softteacher.serving.repository import OUTPUTS
+from softteacher.serving.outputs import OUTPUTS, to_detections
 
 
 class Client:

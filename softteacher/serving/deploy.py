@@ -20,8 +20,8 @@ from softteacher import storage
 from softteacher.console import say
 from softteacher.errors import UserError
 from softteacher.serving.client import connect, explained, infer
+from softteacher.serving.outputs import OUTPUTS
 from softteacher.serving.repository import (
-    OUTPUTS,
     Backend,
     Champion,
     champion_etag,

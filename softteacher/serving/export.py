@@ -19,14 +19,14 @@ from softteacher import storage
 from softteacher.console import say
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
-from softteacher.data.images import PAD, test_size
+from softteacher.data.images import PAD, inference_size
 from softteacher.data.loader import STRIDE
 from softteacher.detections import Detections
 from softteacher.detectors.faster_rcnn import FasterRCNN
 from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, Weights, sha256
-from softteacher.serving.onnx_runtime import OnnxDetector, evaluate_onnx, score_canvases, to_detections
-from softteacher.serving.repository import OUTPUTS
+from softteacher.serving.onnx_runtime import OnnxDetector, evaluate_onnx, score_canvases
+from softteacher.serving.outputs import OUTPUTS, to_detections
 
 OPSET = 20
 MAX_BATCH = 64
@@ -116,7 +116,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
 def canvas_size(source: ModelFolder, validation: CocoDataset) -> tuple[int, int]:
     """Height and width, divisible by 32, that hold every validation image at its test size."""
     data = source.settings.data
-    sizes = [test_size(i.width, i.height, data.short_side, data.max_long_side) for i in validation.images]
+    sizes = [inference_size(i.width, i.height, data.short_side, data.max_long_side) for i in validation.images]
     width, height = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes, strict=True))
     return height, width
 

@@ -14,10 +14,9 @@ from softteacher.console import track
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset, load_coco
 from softteacher.data.images import letterbox
-from softteacher.detections import Detections
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
-from softteacher.serving.repository import OUTPUTS
+from softteacher.serving.outputs import OUTPUTS, to_detections
 
 
 class OnnxDetector:
@@ -79,21 +78,3 @@ def score_canvases(
         canvas, scale = detector.letterbox(image)
         found[record.id] = to_detections(run(canvas[None]), 0, scale, image.size)
     return coco_metrics(dataset, coco_results(dataset, found))
-
-
-def to_detections(
-    answer: dict[str, np.ndarray], index: int, scale: tuple[float, float], size: tuple[int, int]
-) -> Detections:
-    """One image of a batched answer as `Detections` in the pixels of the original image.
-
-    Args:
-        answer: the four outputs.
-        index: which image of the batch.
-        scale: (x, y) from original to canvas pixels.
-        size: (width, height) of the original, to clip to.
-    """
-    n = int(answer["num_detections"][index, 0])
-    boxes = answer["detection_boxes"][index, :n] / np.array([*scale, *scale], np.float32)
-    boxes = boxes.clip(0, np.array([*size, *size], np.float32))
-    labels = answer["detection_classes"][index, :n].astype(np.int64)
-    return Detections(boxes, answer["detection_scores"][index, :n].copy(), labels)

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from softteacher import storage
 from softteacher.errors import UserError
+from softteacher.serving.outputs import OUTPUTS
 
 Backend = Literal["python", "onnxruntime"]
-OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softteacher.data.images import PAD, ROTATED, BadImage, decode, letterbox, load_image, resize, test_size
+from softteacher.data.images import PAD, ROTATED, BadImage, decode, inference_size, letterbox, load_image, resize
 from softteacher.errors import UserError
 
-test_size.__test__ = False  # a function of the library that pytest would take for a test
+inference_size.__test__ = False  # a function of the library that pytest would take for a test
 
 COLOUR = (200, 100, 50)
 
@@ -125,7 +125,7 @@ def test_load_image(tmp_path):
     ],
 )
 def test_the_size_at_test_time(size, limits, expected):
-    assert test_size(*size, *limits) == expected
+    assert inference_size(*size, *limits) == expected
 
 
 @pytest.mark.parametrize(
@@ -150,5 +150,5 @@ def test_letterbox(size, canvas, expected):
 
 
 def test_letterbox_without_shrinking_is_the_resizing_of_the_evaluation():
-    size = test_size(*NOISE.size, 48, 96)
+    size = inference_size(*NOISE.size, 48, 96)
     np.testing.assert_array_equal(letterbox(NOISE, (64, 96), 48, 96)[0][:48, :48], np.asarray(resize(NOISE, *size)))

@@ -40,12 +40,32 @@ def test_every_preset_builds(preset):
     assert detector.fpn.layer_blocks[0][0].out_channels == chosen.fpn_channels
 
 
-@pytest.mark.parametrize(("frozen", "name"), [(0, "resnet18"), (1, "resnet18"), (2, "mobilenet_v2"), (5, "tiny")])
-def test_frozen_stages(frozen, name):
-    detector = build(settings(name, "group", f"detector.frozen_stages={frozen}"), 3)
+@pytest.mark.parametrize(("frozen", "name"), [(0, "resnet18"), (1, "resnet18"), (2, "mobilenet_v2"), (4, "resnet18")])
+def test_frozen_stages(frozen, name, tmp_path):
+    model = getattr(torchvision.models, name)()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    overrides = [f"detector.frozen_stages={frozen}", f"detector.backbone_weights={tmp_path / 'w.pth'}"]
+    detector = build(settings(name, "auto", *overrides), 3)
     learning = [any(p.requires_grad for p in stage.parameters()) for stage in detector.backbone]
     assert learning == [n >= frozen for n in range(4)]
     assert all(p.requires_grad for p in detector.fpn.parameters())
+
+
+def test_a_backbone_from_nothing_learns_as_a_whole(capsys):
+    detector = build(settings("resnet18", "auto", "detector.frozen_stages=2"), 3)
+    assert all(p.requires_grad for p in detector.backbone.parameters())
+    assert any(isinstance(m, torch.nn.GroupNorm) for m in detector.backbone.modules())
+    assert "learns from nothing" in capsys.readouterr().err
+
+
+def test_frozen_batch_norm_is_torchvisions(tmp_path):
+    torch.save(state(), tmp_path / "w.pth")
+    ours = build(settings("resnet18", "auto", f"detector.backbone_weights={tmp_path / 'w.pth'}"), 3).backbone[0]
+    theirs = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    theirs.load_state_dict({k: v for k, v in state().items() if "num_batches" not in k})
+    x = torch.rand(2, 3, 32, 32)
+    expected = theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x)))))
+    torch.testing.assert_close(ours(x), expected)
 
 
 def state(prefix=""):

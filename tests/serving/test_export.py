@@ -17,7 +17,8 @@ from softteacher.model_folder import ModelFolder, sha256
 from softteacher.serving import export as module
 from softteacher.serving.export import ServedDetector, canvas_size, compare, export
 from softteacher.serving.onnx_runtime import OnnxDetector, evaluate_onnx
-from softteacher.serving.repository import OUTPUTS, read_onnx_folder
+from softteacher.serving.outputs import OUTPUTS
+from softteacher.serving.repository import read_onnx_folder
 
 
 def test_files(exported, trained):

@@ -28,6 +28,7 @@ from softteacher.serving.repository import read_champion
 
 PIPELINE = Path(__file__).parents[2] / "pipeline.py"
 BUCKET = "softteacher"
+QUESTIONS = 4  # images that the endpoint is asked about
 DIGITS = ["data.horizontal_flip=0"]  # a mirrored digit is another sign
 
 
@@ -94,9 +95,10 @@ def demo(
         }, overrides)  # fmt: skip
 
         facts = _facts(steps, time.monotonic() - started)
-        image = load_coco(Path(steps["split"]["dataset"], "validation.json")).uri(0)
-        facts["answer"] = predict([image], url, name, str(folder / "pictures"))
-        facts["places"]["picture"] = str(folder / "pictures" / (Path(image).stem + ".jpg"))
+        unseen = load_coco(Path(steps["split"]["dataset"], "validation.json"))
+        images = [unseen.uri(i) for i in sorted({n * len(unseen) // QUESTIONS for n in range(QUESTIONS)})]
+        facts["answer"] = predict(images, url, name, str(folder / "pictures"))
+        facts["places"]["pictures"] = str(folder / "pictures")
         (folder / "summary.json").write_text(json.dumps(facts, indent=1))
         _print_summary(facts)
         if keep:
@@ -168,7 +170,7 @@ def _print_summary(facts: dict[str, Any]) -> None:
     out.print(times, results)
     if not facts["deployed"]:
         print("The gate kept the version that was live: the new one is not better.")
-    print(f"The endpoint about an image it has not seen:\n{table(facts['answer'])}", end="")
+    print(f"The endpoint about images it has not seen:\n{table(facts['answer'])}", end="")
     for what, where in facts["places"].items():
         print(f"{what:<8} {where}")
 

@@ -50,12 +50,13 @@ def test_demo_serves_what_it_trained_and_stops_everything(data, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["ap"]) == {"supervised", "student", "teacher"}
     assert summary["deployed"]
-    for place in ("report", "model", "onnx", "picture"):
+    for place in ("report", "model", "onnx", "pictures"):
         assert Path(summary["places"][place]).exists()
     answer = summary["answer"][0]
     validation = load_coco(Path(summary["places"]["model"], "validation.json"))
     assert answer["image"] == validation.uri(0)
     assert answer["image"].startswith("s3://")
+    assert len(summary["answer"]) == len(list(Path(summary["places"]["pictures"]).iterdir())) == 4
     assert all(d["class"] in validation.classes for d in answer["detections"])
     for step in ("split", "train", "evaluate", "export", "gate", "deploy", "train-baseline", "evaluate-baseline"):
         assert summary["seconds"][step] > 0

@@ -53,7 +53,8 @@ def demo(
     name = "digits" if data is None else "detector"
     preset = preset or ("demo" if data is None else "small")
     overrides = [*(DIGITS if data is None else []), *overrides]
-    percent = percent or (5 if data is None else 10)
+    if percent is None:
+        percent = 5 if data is None else 10
     load_settings(preset, overrides)
     if data is not None and not storage.is_s3(data) and not Path(data).is_dir():
         raise UserError(f"{data}: no such folder; give one with images/ and annotations/ in COCO format")

@@ -89,6 +89,7 @@ def test_interrupted_demo_stops_everything(data, tmp_path, signum):
         (["--data", "/nowhere"], "/nowhere: no such folder"),
         (["--preset", "dmo"], "did you mean demo"),
         (["--set", "training.iteration=5"], "did you mean training.iterations"),
+        (["--percent", "0"], "must be more than 0 and less than 100"),
         (["--percent", "100"], "must be more than 0 and less than 100"),
     ],
 )

@@ -15,6 +15,7 @@ from softteacher import storage
 from softteacher.config import DetectorSettings
 from softteacher.console import say
 from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.detectors.layers import fold_frozen_norms
 from softteacher.errors import UserError
 
 
@@ -37,7 +38,7 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
         )
     name = settings.name.removeprefix("fasterrcnn_").removesuffix("_fpn")
     frozen_norm = settings.norm == "frozen_batch" or (settings.norm == "auto" and pretrained)
-    norm: Any = _FrozenBatchNorm if frozen_norm else _group_norm
+    norm: Any = FrozenBatchNorm2d if frozen_norm else _group_norm
     trunk: Any
     if name == "tiny":
         # small enough to learn simple scenes in minutes without pretraining
@@ -59,6 +60,7 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
         _load(trunk, name, settings.backbone_weights)
     elif load_backbone and name != "tiny":
         say(f"warning: no detector.backbone_weights: {settings.name} learns from nothing, which takes far more images")
+    fold_frozen_norms(stages)
     for stage in stages[: settings.frozen_stages if pretrained else 0]:
         stage.requires_grad_(False)
     return FasterRCNN(stages, channels, classes, settings)
@@ -99,15 +101,6 @@ def _load(trunk: nn.Module, name: str, weights: str) -> None:
             f"{where}: does not fit {name}: {len(odd)} tensors are missing or of another shape, first {odd[0]}"
         )
     trunk.load_state_dict({k: state[k] for k in own})
-
-
-class _FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's, in one pass over the map instead of two, and without leaving bf16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        bias = self.bias - self.running_mean * scale
-        return torch.addcmul(bias.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork, roi_align
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from softteacher.config import DetectorSettings
 from softteacher.detections import Detections
-from softteacher.detectors.boxes import HEAD_STD, RPN_STD, anchors, clip, decode, nms_mask, pyramid_level
+from softteacher.detectors.boxes import HEAD_STD, RPN_STD, anchors, clip, decode, nms_mask
+from softteacher.detectors.layers import MapConv
+from softteacher.detectors.roi_pool import POOL, roi_pool
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 STRIDES = [4, 8, 16, 32, 64]
-POOL = 7
 CANDIDATES = 10  # scored boxes that enter the class-wise NMS, per detection that may leave it
 
 
@@ -46,15 +47,17 @@ class FasterRCNN(nn.Module):
     def __init__(self, backbone: nn.ModuleList, channels: list[int], classes: int, settings: DetectorSettings) -> None:
         super().__init__()
         self.settings, self.classes = settings, classes
-        self.bf16 = False
+        self.precision = torch.float32
         width, hidden = settings.fpn_channels, settings.head_channels
         self.backbone = backbone
         self.fpn = FeaturePyramidNetwork(channels, width, extra_blocks=LastLevelMaxPool())
+        for block in self.fpn.layer_blocks:
+            block[0] = MapConv(block[0])
         self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
         self.rpn_logits = nn.Conv2d(width, 3, 1)
         self.rpn_deltas = nn.Conv2d(width, 12, 1)
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(width * POOL * POOL, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+            nn.Linear(POOL * POOL * width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
         )
         self.head_logits = nn.Linear(hidden, classes + 1)
         self.head_deltas = nn.Linear(hidden, classes * 4)
@@ -84,13 +87,46 @@ class FasterRCNN(nn.Module):
         logits, deltas = [], []
         for feature in features:
             with self._autocast(feature):
-                hidden = F.relu(self.rpn_conv(feature))
-                level_logits, level_deltas = self.rpn_logits(hidden), self.rpn_deltas(hidden)
-            logits.append(level_logits.float().permute(0, 2, 3, 1).flatten(1))
-            deltas.append(level_deltas.float().permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)))
+                both = self._rpn_heads(F.relu(self.rpn_conv(feature)).permute(0, 2, 3, 1)).float()
+            logits.append(both[..., :3].flatten(1))
+            deltas.append(both[..., 3:].reshape(both.shape[0], -1, 4))
         shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
         levels = anchors(shapes, STRIDES, self.settings.anchor_scale, features[0].device)
         return RPNOutput(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(levels), [len(a) for a in levels])
+
+    def rpn_at(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """Objectness and box deltas of some anchors: what `rpn` gives there, at the cost of these alone.
+
+        A loss on 256 anchors an image would send a gradient of zeros through all others.
+
+        Args:
+            features: pyramid maps.
+            index: [S] int64 into the flattened [B, A].
+
+        Returns:
+            Logits [S] and deltas [S, 4].
+        """
+        cells = [f.shape[2] * f.shape[3] for f in features]
+        image, anchor = index // (3 * sum(cells)), index % (3 * sum(cells))
+        around = torch.arange(-1, 2, device=index.device)
+        patches, order, start = [], [], 0
+        for feature, count in zip(features, cells, strict=True):
+            here = torch.nonzero((anchor >= 3 * start) & (anchor < 3 * (start + count))).flatten()
+            cell, (height, width) = anchor[here] // 3 - start, feature.shape[2:]
+            y = (cell // width)[:, None, None] + around[:, None]
+            x = (cell % width)[:, None, None] + around
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            patch = feature.permute(0, 2, 3, 1)[image[here, None, None], y.clamp(0, height - 1), x.clamp(0, width - 1)]
+            patches.append((patch * inside[..., None]).flatten(1))
+            order.append(here)
+            start += count
+        with self._autocast(features[0]):
+            kernel = self.rpn_conv.weight.permute(0, 2, 3, 1).flatten(1)
+            both = self._rpn_heads(F.relu(F.linear(torch.cat(patches), kernel, self.rpn_conv.bias))).float()
+        back = torch.cat(order).argsort()
+        both, which = both[back], anchor % 3
+        deltas = both[:, 3:].unflatten(1, (3, 4))
+        return both[:, :3].gather(1, which[:, None])[:, 0], deltas[torch.arange(len(index)), which]
 
     @torch.no_grad()
     def proposals(self, rpn: RPNOutput, sizes: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -139,12 +175,7 @@ class FasterRCNN(nn.Module):
             image = torch.cat([b.new_full((len(b),), n, dtype=torch.int64) for n, b in enumerate(boxes)])
             flat = torch.cat(boxes)
         rois = torch.cat([image[:, None].to(flat.dtype), flat], 1)
-        level = pyramid_level(flat, 4)
-        pooled = flat.new_zeros((flat.shape[0], features[0].shape[1], POOL, POOL))
-        for n, (feature, stride) in enumerate(zip(features[:4], STRIDES, strict=False)):
-            here = torch.nonzero(level == n).flatten()
-            part = roi_align(feature.float(), rois[here], POOL, 1 / stride, self.settings.sampling_ratio, aligned=True)
-            pooled = pooled.index_copy(0, here, part)
+        pooled = roi_pool(features[:4], STRIDES[:4], rois, self.settings.sampling_ratio)
         with self._autocast(flat):
             hidden = self.head(pooled)
             logits, deltas = self.head_logits(hidden), self.head_deltas(hidden)
@@ -165,11 +196,11 @@ class FasterRCNN(nn.Module):
         logits, deltas = self.box_head(features, proposals)
         batch, count = valid.shape
         scores = logits.softmax(-1)[:, :-1].reshape(batch, count, self.classes) * (valid > 0)[..., None]
-        boxes = clip(decode(deltas.unflatten(0, (batch, count)), proposals[:, :, None], HEAD_STD), sizes)
         scores = (scores * (scores > self.settings.score_threshold)).flatten(1)
         best, index = scores.topk(min(CANDIDATES * self.settings.max_detections, count * self.classes), dim=1)
-        boxes = boxes.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
-        labels = index % self.classes
+        labels, roi = index % self.classes, index // self.classes
+        chosen = deltas.reshape(batch, count * self.classes, 4).gather(1, index[..., None].expand(-1, -1, 4))
+        boxes = clip(decode(chosen, proposals.gather(1, roi[..., None].expand(-1, -1, 4)), HEAD_STD), sizes)
         kept = best * nms_mask(boxes, best, labels, self.settings.nms_threshold)
         best, order = kept.topk(min(self.settings.max_detections, kept.shape[1]), dim=1)
         return boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, labels.gather(1, order)
@@ -179,8 +210,14 @@ class FasterRCNN(nn.Module):
         boxes, scores, labels = self.detect(self.features(images), sizes)
         return [Detections(b, s, n)[s > 0] for b, s, n in zip(boxes, scores, labels, strict=True)]
 
+    def _rpn_heads(self, hidden: Tensor) -> Tensor:
+        """Objectness and deltas [..., 15] of the three anchors of cells [..., C]."""
+        heads = (self.rpn_logits, self.rpn_deltas)
+        bias = [h.bias for h in heads if h.bias is not None]
+        return F.linear(hidden, torch.cat([h.weight.flatten(1) for h in heads]), torch.cat(bias))
+
     def _autocast(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32)
 
 
 def _channels(values: tuple[float, float, float]) -> Tensor:

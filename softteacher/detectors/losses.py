@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from softteacher import distributed
 from softteacher.detectors.boxes import HEAD_STD, RPN_STD, encode
 
 
@@ -36,21 +37,29 @@ def assign(
     matched[best >= negative] = -2
     matched = torch.where(best >= positive, index, matched)
     if low_quality:
-        highest = iou.amax(1)
-        for g in torch.nonzero(highest >= min_positive).flatten().tolist():
-            matched[iou[g] == highest[g]] = g
+        highest = iou.amax(1, keepdim=True)
+        taken = (iou == highest) & (highest >= min_positive)
+        number = torch.arange(1, len(boxes) + 1, device=iou.device)
+        last = (taken * number[:, None]).amax(0)  # where several boxes claim a candidate the last one has it
+        matched = torch.where(last > 0, last - 1, matched)
     return matched
 
 
-def sample(matched: Tensor, count: int, positive_share: float) -> tuple[Tensor, Tensor]:
+def sample(matched: Tensor, count: int, positive_share: float, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw positives and negatives at random: at most `count` in all, at most the share of positives.
+
+    Args:
+        matched: [N], see `assign`.
+        count: how many.
+        positive_share: of `count`.
+        noise: the image's own, so that a draw doesn't depend on which images share a batch.
 
     Returns:
         Indices of the positives and of the negatives.
     """
     positives, negatives = torch.nonzero(matched >= 0).flatten(), torch.nonzero(matched == -1).flatten()
-    positives = _draw(positives, int(count * positive_share))
-    return positives, _draw(negatives, count - len(positives))
+    positives = _draw(positives, int(count * positive_share), noise)
+    return positives, _draw(negatives, count - len(positives), noise)
 
 
 class RPNTargets(NamedTuple):
@@ -61,7 +70,9 @@ class RPNTargets(NamedTuple):
     deltas: Tensor
 
 
-def rpn_targets(anchors: Tensor, sizes: Tensor, boxes: list[Tensor], count: int) -> RPNTargets:
+def rpn_targets(
+    anchors: Tensor, sizes: Tensor, boxes: list[Tensor], count: int, noise: list[torch.Generator]
+) -> RPNTargets:
     """Sampled anchors for each image.
 
     Args:
@@ -69,13 +80,14 @@ def rpn_targets(anchors: Tensor, sizes: Tensor, boxes: list[Tensor], count: int)
         sizes: [B, 2] (height, width); anchors centred in the padding are not used.
         boxes: B x [n, 4].
         count: anchors per image.
+        noise: B generators, see `sample`.
     """
     index, objectness, deltas = [], [], []
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    for n, (size, box) in enumerate(zip(sizes, boxes, strict=True)):
+    for n, (size, box, own) in enumerate(zip(sizes, boxes, noise, strict=True)):
         matched = assign(anchors, box, 0.7, 0.3, low_quality=True, min_positive=0.3)
         matched = torch.where((centre < size.flip(0)).all(1), matched, -2)
-        positive, negative = sample(matched, count, 0.5)
+        positive, negative = sample(matched, count, 0.5, own)
         index += [n * len(anchors) + positive, n * len(anchors) + negative]
         objectness += [torch.ones(len(positive)), torch.zeros(len(negative))]
         deltas.append(encode(box[matched[positive]], anchors[positive], RPN_STD))
@@ -86,16 +98,14 @@ def rpn_loss(logits: Tensor, deltas: Tensor, targets: RPNTargets) -> dict[str, T
     """Binary cross-entropy and L1, each summed over the sampled anchors and divided by their number.
 
     Args:
-        logits: [B, A].
-        deltas: [B, A, 4].
+        logits: [S], of the sampled anchors.
+        deltas: [S, 4].
         targets: the sampled anchors.
     """
-    count = max(len(targets.anchors), 1)
-    sampled = logits.reshape(-1)[targets.anchors]
-    positive = targets.anchors[targets.objectness > 0]
+    count = distributed.normalizer(len(targets.anchors), logits.device)
     return {
-        "rpn_cls": F.binary_cross_entropy_with_logits(sampled, targets.objectness, reduction="sum") / count,
-        "rpn_box": (deltas.reshape(-1, 4)[positive] - targets.deltas).abs().sum() / count,
+        "rpn_cls": F.binary_cross_entropy_with_logits(logits, targets.objectness, reduction="sum") / count,
+        "rpn_box": (deltas[targets.objectness > 0] - targets.deltas).abs().sum() / count,
     }
 
 
@@ -106,15 +116,29 @@ class RoIs(NamedTuple):
         boxes: B x [n, 4].
         labels: [R] int64; the background is class C.
         targets: [R, 4] the matched box of a positive, the RoI itself otherwise.
+        sampled: number of RoIs that were sampled, see `softteacher.distributed.normalizer`.
     """
 
     boxes: list[Tensor]
     labels: Tensor
     targets: Tensor
+    sampled: Tensor
+
+    def select(self, keep: Tensor) -> RoIs:
+        """Those RoIs that a mask [R] keeps; their number before stays."""
+        masks = keep.split([len(b) for b in self.boxes])
+        boxes = [b[m] for b, m in zip(self.boxes, masks, strict=True)]
+        return RoIs(boxes, self.labels[keep], self.targets[keep], self.sampled)
 
 
 def sample_rois(
-    proposals: Tensor, valid: Tensor, boxes: list[Tensor], labels: list[Tensor], count: int, classes: int
+    proposals: Tensor,
+    valid: Tensor,
+    boxes: list[Tensor],
+    labels: list[Tensor],
+    count: int,
+    classes: int,
+    noise: list[torch.Generator],
 ) -> RoIs:
     """Assign and sample RoIs; the ground truth is added to the proposals.
 
@@ -125,31 +149,32 @@ def sample_rois(
         labels: B x [n].
         count: RoIs per image, a quarter of them positive at most.
         classes: number of classes C.
+        noise: B generators, see `sample`.
     """
     rois, roi_labels, targets = [], [], []
-    for proposal, real, box, label in zip(proposals, valid, boxes, labels, strict=True):
+    for proposal, real, box, label, own in zip(proposals, valid, boxes, labels, noise, strict=True):
         candidates = torch.cat([box, proposal[real]])
-        positive, negative = sample(assign(candidates, box, 0.5, 0.5, low_quality=False), count, 0.25)
-        index = torch.cat([positive, negative])
-        matched = assign(candidates[positive], box, 0.5, 0.5, low_quality=False)
-        rois.append(candidates[index])
-        roi_labels += [label[matched], label.new_full((len(negative),), classes)]
-        targets += [box[matched], candidates[negative]]
-    return RoIs(rois, torch.cat(roi_labels), torch.cat(targets))
+        matched = assign(candidates, box, 0.5, 0.5, low_quality=False)
+        positive, negative = sample(matched, count, 0.25, own)
+        rois.append(candidates[torch.cat([positive, negative])])
+        roi_labels += [label[matched[positive]], label.new_full((len(negative),), classes)]
+        targets += [box[matched[positive]], candidates[negative]]
+    sampled = distributed.normalizer(sum(len(r) for r in rois), proposals.device)
+    return RoIs(rois, torch.cat(roi_labels), torch.cat(targets), sampled)
 
 
-def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def classification_loss(logits: Tensor, rois: RoIs, weights: Tensor | None = None) -> Tensor:
     """Cross-entropy, weighted: sum(w * CE) / max(sum(w), 1). Without weights the mean.
 
     Args:
         logits: [R, C + 1].
-        labels: [R] int64.
+        rois: their labels.
         weights: [R], 1 for positives, the reliability for negatives (Soft Teacher).
     """
-    loss = F.cross_entropy(logits, labels, reduction="none")
+    loss = F.cross_entropy(logits, rois.labels, reduction="none")
     if weights is None:
-        return loss.sum() / max(len(loss), 1)
-    return (loss * weights).sum() / weights.sum().clamp(min=1)
+        return loss.sum() / rois.sampled
+    return (loss * weights).sum() / distributed.normalizer(weights.sum(), logits.device)
 
 
 def regression_loss(deltas: Tensor, rois: RoIs) -> Tensor:
@@ -161,8 +186,10 @@ def regression_loss(deltas: Tensor, rois: RoIs) -> Tensor:
     """
     positive = torch.nonzero(rois.labels < deltas.shape[1]).flatten()
     targets = encode(rois.targets[positive], torch.cat(rois.boxes)[positive], HEAD_STD)
-    return (deltas[positive, rois.labels[positive]] - targets).abs().sum() / max(len(rois.labels), 1)
+    return (deltas[positive, rois.labels[positive]] - targets).abs().sum() / rois.sampled
 
 
-def _draw(index: Tensor, count: int) -> Tensor:
-    return index[torch.randperm(len(index), device=index.device)[:count]] if len(index) > count else index
+def _draw(index: Tensor, count: int, noise: torch.Generator) -> Tensor:
+    if len(index) <= count:
+        return index
+    return index[torch.randperm(len(index), generator=noise, device=index.device)[:count]]

@@ -63,11 +63,14 @@ class SoftTeacher:
         to_strong = batch.strong.matrices @ torch.linalg.inv(batch.weak.matrices)
         with torch.no_grad():
             teacher_features = self.teacher.features(batch.weak.images)
-            pool = self.pseudo_boxes(teacher_features, batch.weak, batch.strong, to_strong)
-        unsup, facts = self.unsupervised_losses(teacher_features, pool, batch.weak, batch.strong, to_strong)
+            noise = batch.strong.noise()
+            pool = self.pseudo_boxes(teacher_features, batch.weak, batch.strong, to_strong, noise)
+        unsup, facts = self.unsupervised_losses(teacher_features, pool, batch.weak, batch.strong, to_strong, noise)
         return losses | {f"unsup_{k}": self.settings.unsup_weight * v for k, v in unsup.items()}, facts
 
-    def pseudo_boxes(self, features: list[Tensor], weak: Views, strong: Views, to_strong: Tensor) -> list[PseudoBoxes]:
+    def pseudo_boxes(
+        self, features: list[Tensor], weak: Views, strong: Views, to_strong: Tensor, noise: list[torch.Generator]
+    ) -> list[PseudoBoxes]:
         """The teacher's detections on the weak views, their variance, both carried to the strong views.
 
         Args:
@@ -75,12 +78,13 @@ class SoftTeacher:
             weak: B views.
             strong: B views of the same images.
             to_strong: [B, 3, 3], weak -> strong view.
+            noise: of each image.
         """
         boxes, scores, labels = self.teacher.detect(features, weak.sizes, training=True)
         found = [
             Detections(b, s, n)[s > self.settings.pool_threshold] for b, s, n in zip(boxes, scores, labels, strict=True)
         ]
-        variances = self.box_variance(features, found, weak.sizes)
+        variances = self.box_variance(features, found, weak.sizes, noise)
         pool = []
         for d, variance, matrix, size in zip(found, variances, to_strong, strong.sizes, strict=True):
             projected = project_boxes(d.boxes, matrix, size)
@@ -88,11 +92,15 @@ class SoftTeacher:
             pool.append(PseudoBoxes(Detections(projected, d.scores, d.labels)[keep], variance[keep]))
         return pool
 
-    def box_variance(self, features: list[Tensor], found: list[Detections], sizes: Tensor) -> list[Tensor]:
+    def box_variance(
+        self, features: list[Tensor], found: list[Detections], sizes: Tensor, noise: list[torch.Generator]
+    ) -> list[Tensor]:
         """Box jittering (section 3.3): how far the teacher's refinement of jittered copies spreads, for each box."""
         times, counts = self.settings.jitter_times, [len(d) for d in found]
-        noise = [torch.randn(times, n, 4, device=sizes.device) for n in counts]
-        copies = [jitter(d.boxes, e, self.settings.jitter_scale) for d, e in zip(found, noise, strict=True)]
+        copies = [
+            jitter(d.boxes, torch.randn(times, len(d), 4, generator=g, device=g.device), self.settings.jitter_scale)
+            for d, g in zip(found, noise, strict=True)
+        ]
         _, deltas = self.teacher.box_head(features, [c.flatten(0, 1) for c in copies])
         out = []
         for d, copy, delta, size in zip(found, copies, deltas.split([times * n for n in counts]), sizes, strict=True):
@@ -102,7 +110,13 @@ class SoftTeacher:
         return out
 
     def unsupervised_losses(
-        self, teacher_features: list[Tensor], pool: list[PseudoBoxes], weak: Views, strong: Views, to_strong: Tensor
+        self,
+        teacher_features: list[Tensor],
+        pool: list[PseudoBoxes],
+        weak: Views,
+        strong: Views,
+        to_strong: Tensor,
+        noise: list[torch.Generator],
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """RPN, classification and regression losses on the strong views, each with pseudo boxes of its own."""
         s, d = self.settings, self.student.settings
@@ -111,18 +125,27 @@ class SoftTeacher:
         for_reg = [p.detections[p.variance < s.reg_variance_threshold] for p in pool]
 
         features = self.student.features(strong.images)
-        rpn = self.student.rpn(features)
-        targets = rpn_targets(rpn.anchors, strong.sizes, [p.boxes for p in for_rpn], d.rpn_batch)
-        losses = rpn_loss(rpn.logits, rpn.deltas, targets)
+        with torch.no_grad():
+            rpn = self.student.rpn(features)
+        targets = rpn_targets(rpn.anchors, strong.sizes, [p.boxes for p in for_rpn], d.rpn_batch, noise)
+        losses = rpn_loss(*self.student.rpn_at(features, targets.anchors), targets)
 
         proposals, scores = self.student.proposals(rpn, strong.sizes, training=True)
         cls_rois, reg_rois = (
             sample_rois(
-                proposals, scores > 0, [p.boxes for p in b], [p.labels for p in b], d.roi_batch, self.student.classes
+                proposals,
+                scores > 0,
+                [p.boxes for p in b],
+                [p.labels for p in b],
+                d.roi_batch,
+                self.student.classes,
+                noise,
             )
             for b in (for_cls, for_reg)
         )
-        # one pooling for both passes: the box head doesn't care whose RoIs it sees
+        # negatives have no box loss: of the second sample only the positives go through the box head, in one go with
+        # the first, as it doesn't care whose RoIs it sees
+        reg_rois = reg_rois.select(reg_rois.labels < self.student.classes)
         logits, deltas = self.student.box_head(
             features, [torch.cat(pair) for pair in zip(cls_rois.boxes, reg_rois.boxes, strict=True)]
         )
@@ -130,7 +153,7 @@ class SoftTeacher:
             [torch.arange(len(c) + len(r)) < len(c) for c, r in zip(cls_rois.boxes, reg_rois.boxes, strict=True)]
         )
         weights = self.reliability(teacher_features, cls_rois, weak, to_strong)
-        losses["cls"] = classification_loss(logits[is_cls], cls_rois.labels, weights)
+        losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights)
         losses["box"] = regression_loss(deltas[~is_cls], reg_rois)
 
         count = len(pool)
@@ -156,11 +179,13 @@ class SoftTeacher:
         Returns:
             [R] between 0 and 1.
         """
+        negative = rois.labels == self.student.classes
         back = torch.linalg.inv(to_strong)
-        boxes = [project_boxes(b, m, size) for b, m, size in zip(rois.boxes, back, weak.sizes, strict=True)]
-        logits, _ = self.teacher.box_head(teacher_features, boxes)
-        background = logits.softmax(-1)[:, -1]
-        return torch.where(rois.labels == self.student.classes, background, torch.ones_like(background))
+        places = zip(rois.select(negative).boxes, back, weak.sizes, strict=True)
+        logits, _ = self.teacher.box_head(teacher_features, [project_boxes(b, m, size) for b, m, size in places])
+        weights = torch.ones_like(rois.labels, dtype=torch.float32)
+        weights[negative] = logits.softmax(-1)[:, -1]
+        return weights
 
 
 def jitter(boxes: Tensor, noise: Tensor, scale: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from softteacher.config import Settings
@@ -12,14 +13,16 @@ from softteacher.detectors.losses import classification_loss, regression_loss, r
 
 def supervised_losses(detector: FasterRCNN, views: Views) -> dict[str, Tensor]:
     """The four losses of Faster R-CNN on labelled views, each of weight 1."""
-    s = detector.settings
+    s, noise = detector.settings, views.noise()
     features = detector.features(views.images)
-    rpn = detector.rpn(features)
-    losses = rpn_loss(rpn.logits, rpn.deltas, rpn_targets(rpn.anchors, views.sizes, views.boxes, s.rpn_batch))
+    with torch.no_grad():
+        rpn = detector.rpn(features)
+    targets = rpn_targets(rpn.anchors, views.sizes, views.boxes, s.rpn_batch, noise)
+    losses = rpn_loss(*detector.rpn_at(features, targets.anchors), targets)
     proposals, scores = detector.proposals(rpn, views.sizes, training=True)
-    rois = sample_rois(proposals, scores > 0, views.boxes, views.labels, s.roi_batch, detector.classes)
+    rois = sample_rois(proposals, scores > 0, views.boxes, views.labels, s.roi_batch, detector.classes, noise)
     logits, deltas = detector.box_head(features, rois.boxes)
-    return losses | {"cls": classification_loss(logits, rois.labels), "box": regression_loss(deltas, rois)}
+    return losses | {"cls": classification_loss(logits, rois), "box": regression_loss(deltas, rois)}
 
 
 class Supervised:

@@ -83,7 +83,7 @@ def test_weights_from_a_file(tmp_path, prefix):
     torch.save(state(prefix), file)
     detector = build(settings("resnet18", "frozen_batch", f"detector.backbone_weights={file}"), 3)
     assert torch.equal(detector.backbone[0][0].weight, state()["conv1.weight"])
-    assert torch.equal(detector.backbone[3][1].bn2.running_var, state()["layer4.1.bn2.running_var"])
+    assert torch.equal(detector.backbone[3][1].conv2.norm.running_var, state()["layer4.1.bn2.running_var"])
     empty = build(settings("resnet18", "frozen_batch", f"detector.backbone_weights={file}"), 3, load_backbone=False)
     assert not torch.equal(empty.backbone[0][0].weight, state()["conv1.weight"])
 

@@ -52,7 +52,7 @@ def test_assign(candidates, boxes, arguments, expected):
 def test_sample(positives, negatives, count, share, expected):
     matched = torch.cat([torch.zeros(positives), torch.full((negatives,), -1), torch.full((50,), -2)]).long()
     matched = matched[torch.randperm(len(matched), generator=torch.Generator().manual_seed(0))]
-    positive, negative = sample(matched, count, share)
+    positive, negative = sample(matched, count, share, torch.Generator())
     assert (len(positive), len(negative)) == expected
     assert (matched[positive] == 0).all()
     assert (matched[negative] == -1).all()
@@ -61,7 +61,13 @@ def test_sample(positives, negatives, count, share, expected):
 
 def test_rpn_targets_leave_the_padding_alone():
     anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 11, 10], [40, 40, 50, 50], [20, 20, 30, 30]])
-    targets = rpn_targets(anchors, torch.tensor([[32, 32], [64, 64]]), [BOX, torch.zeros(0, 4)], 100)
+    targets = rpn_targets(
+        anchors,
+        torch.tensor([[32, 32], [64, 64]]),
+        [BOX, torch.zeros(0, 4)],
+        100,
+        [torch.Generator(), torch.Generator()],
+    )
     first, second = targets.anchors[targets.anchors < 4], targets.anchors[targets.anchors >= 4] - 4
     assert sorted(first.tolist()) == [0, 1, 3]  # the third is centred in the padding of the first image
     assert sorted(second.tolist()) == [0, 1, 2, 3]
@@ -70,23 +76,23 @@ def test_rpn_targets_leave_the_padding_alone():
 
 
 def test_rpn_loss():
-    logits, deltas = torch.zeros(1, 4), torch.full((1, 4, 4), 0.5)
+    logits, deltas = torch.zeros(2), torch.full((2, 4), 0.5)
     targets = RPNTargets(torch.tensor([0, 2]), torch.tensor([1.0, 0.0]), torch.zeros(1, 4))
     losses = rpn_loss(logits, deltas, targets)
     assert losses["rpn_cls"].item() == pytest.approx(math.log(2))
     assert losses["rpn_box"].item() == pytest.approx(0.5 * 4 / 2)
-    nothing = rpn_loss(logits, deltas, RPNTargets(torch.zeros(0).long(), torch.zeros(0), torch.zeros(0, 4)))
+    nothing = rpn_loss(logits[:0], deltas[:0], RPNTargets(torch.zeros(0).long(), torch.zeros(0), torch.zeros(0, 4)))
     assert [v.item() for v in nothing.values()] == [0, 0]
 
 
 def test_sample_rois_adds_the_ground_truth():
     proposals = torch.tensor([[[40.0, 40, 60, 60], [1, 1, 10, 10], [7, 7, 9, 9]]])
     valid = torch.tensor([[True, True, False]])
-    rois = sample_rois(proposals, valid, [BOX], [torch.tensor([2])], 100, 5)
+    rois = sample_rois(proposals, valid, [BOX], [torch.tensor([2])], 100, 5, [torch.Generator()])
     assert rois.boxes[0].tolist() == [[0, 0, 10, 10], [1, 1, 10, 10], [40, 40, 60, 60]]
     assert rois.labels.tolist() == [2, 2, 5]
     assert rois.targets.tolist() == [[0, 0, 10, 10], [0, 0, 10, 10], [40, 40, 60, 60]]
-    none = sample_rois(proposals, valid, [torch.zeros(0, 4)], [torch.zeros(0).long()], 100, 5)
+    none = sample_rois(proposals, valid, [torch.zeros(0, 4)], [torch.zeros(0).long()], 100, 5, [torch.Generator()])
     assert none.labels.tolist() == [5, 5]
 
 
@@ -101,16 +107,15 @@ def test_sample_rois_adds_the_ground_truth():
     ],
 )
 def test_classification_loss(weights, expected):
-    loss = classification_loss(torch.zeros(3, 3), torch.tensor([0, 1, 2]), weights and torch.tensor(weights))
+    rois = RoIs([torch.zeros(3, 4)], torch.tensor([0, 1, 2]), torch.zeros(3, 4), torch.tensor(3.0))
+    loss = classification_loss(torch.zeros(3, 3), rois, weights and torch.tensor(weights))
     assert loss.item() == pytest.approx(expected)
 
 
 def test_losses_of_nothing_are_finite_and_have_a_gradient():
     logits, deltas = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 2, 4, requires_grad=True)
-    none = torch.zeros(0).long()
-    loss = classification_loss(logits, none) + regression_loss(
-        deltas, RoIs([torch.zeros(0, 4)], none, torch.zeros(0, 4))
-    )
+    none = RoIs([torch.zeros(0, 4)], torch.zeros(0).long(), torch.zeros(0, 4), torch.tensor(1.0))
+    loss = classification_loss(logits, none) + regression_loss(deltas, none)
     loss.backward()
     assert loss.item() == 0
 
@@ -120,7 +125,7 @@ def test_regression_loss_is_of_the_own_class_over_all_rois():
         torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]),
         torch.tensor([[1.0, 0, 11, 10], [50, 50, 60, 60]]),
     )
-    rois = RoIs([boxes], torch.tensor([1, 2]), targets)
+    rois = RoIs([boxes], torch.tensor([1, 2]), targets, torch.tensor(2.0))
     deltas = torch.zeros(2, 2, 4)
     deltas[0, 0] = 99  # another class, and a negative: no matter
     deltas[1] = 99

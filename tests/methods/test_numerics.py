@@ -101,7 +101,9 @@ def test_rpn_loss(reference, rpn):
     sampled = torch.nonzero(weights.flatten() > 0).flatten()
     objectness = (labels.flatten()[sampled] == 0).float()
     targets = reference("rpn/bbox_targets").reshape(-1, 4)[sampled[objectness > 0]]
-    losses = rpn_loss(rpn.logits, rpn.deltas, RPNTargets(sampled, objectness, targets))
+    losses = rpn_loss(
+        rpn.logits.flatten()[sampled], rpn.deltas.flatten(0, 1)[sampled], RPNTargets(sampled, objectness, targets)
+    )
     assert len(sampled) == int(reference("rpn/avg_factor"))
     close(losses["rpn_cls"], reference("rpn/loss_cls_sum_levels"))
     close(losses["rpn_box"], reference("rpn/loss_bbox_sum_levels"))
@@ -139,7 +141,8 @@ def tiny_detector():
 
 def test_classification_loss(reference):
     logits, labels = reference("cls/logits"), reference("cls/labels")
-    close(classification_loss(logits, labels, reference("cls/label_weights")), reference("cls/loss_mmdet"))
+    rois = RoIs([], labels, torch.zeros(len(labels), 4), torch.tensor(float(len(labels))))
+    close(classification_loss(logits, rois, reference("cls/label_weights")), reference("cls/loss_mmdet"))
 
 
 def test_negatives_are_weighted_by_the_teachers_background_score(reference):
@@ -179,5 +182,5 @@ def test_regression_loss(reference):
         matched = assign(boxes[n], gt, 0.5, 0.5, low_quality=False)
         targets.append(torch.where((own < 80)[:, None], gt[matched.clamp(min=0)], boxes[n]))
     deltas = reference("reg/bbox_pred")[:, None].expand(-1, 80, -1)
-    loss = regression_loss(deltas, RoIs(boxes, labels, torch.cat(targets)))
+    loss = regression_loss(deltas, RoIs(boxes, labels, torch.cat(targets), torch.tensor(float(len(labels)))))
     close(loss, reference("reg/loss_mmdet"))

@@ -32,7 +32,7 @@ def method(*overrides):
 
 def batch(seed=0):
     plain = noise_views(seed=seed)
-    unlabeled = Views(plain.images, plain.sizes, plain.matrices, [], [])
+    unlabeled = Views(plain.images, plain.sizes, plain.matrices, [], [], plain.seeds)
     return Batch(noise_views(seed=seed + 1), unlabeled, unlabeled)
 
 
@@ -63,9 +63,7 @@ def test_no_pseudo_boxes():
 
 def test_burn_in_is_supervised_training():
     labeled_only = Batch(batch().labeled)
-    torch.manual_seed(5)
     ours, facts = method().losses(labeled_only, 0)
-    torch.manual_seed(5)
     theirs, _ = method("method.name=supervised").losses(batch(), 0)
     assert facts == {}
     assert set(ours) == set(theirs) == TERMS
@@ -75,7 +73,6 @@ def test_burn_in_is_supervised_training():
 def test_the_unsupervised_half_is_weighted():
     values = []
     for weight in (1.0, 3.0):
-        torch.manual_seed(5)
         values.append(method(f"method.unsup_weight={weight}").losses(batch(), 0)[0])
     for key in TERMS:
         torch.testing.assert_close(values[0][key], values[1][key])
@@ -112,7 +109,12 @@ def test_pseudo_boxes_land_on_their_object(monkeypatch):
         weak, strong = weak_view(image, rng, data), strong_view(image, rng, data)
         views = [
             Views(
-                pad([np.asarray(v.image)]), torch.tensor([v.image.size[::-1]]), torch.from_numpy(v.matrix)[None], [], []
+                pad([np.asarray(v.image)]),
+                torch.tensor([v.image.size[::-1]]),
+                torch.from_numpy(v.matrix)[None],
+                [],
+                [],
+                [0],
             )
             for v in (weak, strong)
         ]
@@ -120,7 +122,7 @@ def test_pseudo_boxes_land_on_their_object(monkeypatch):
         to_strong = views[1].matrices @ torch.linalg.inv(views[0].matrices)
         features = soft_teacher.teacher.features(views[0].images)
         with torch.no_grad():
-            pool = soft_teacher.pseudo_boxes(features, views[0], views[1], to_strong)[0]
+            pool = soft_teacher.pseudo_boxes(features, *views, to_strong, views[0].noise())[0]
         red = np.asarray(strong.image, float)
         ys, xs = np.nonzero((red[..., 0] - red[..., 1]) / 255 > 0.5)
         if len(xs) and xs.min() > 0 and xs.max() < red.shape[1] - 1 and ys.min() > 0 and ys.max() < red.shape[0] - 1:
@@ -141,7 +143,7 @@ def test_boxes_that_left_the_strong_view_are_dropped(monkeypatch):
     moved[0, 0, 2] = -30  # the second box goes out on the left, half of the first stays
     with torch.no_grad():
         features = soft_teacher.teacher.features(views.images)
-        pool = soft_teacher.pseudo_boxes(features, views, views, moved)[0]
+        pool = soft_teacher.pseudo_boxes(features, views, views, moved, views.noise())[0]
     assert pool.detections.boxes.tolist() == [[10, 40, 30, 60]]
     assert pool.variance.shape == (1,)
 
@@ -150,7 +152,7 @@ def test_reliability_is_1_on_positives_and_the_teachers_background_score_on_nega
     soft_teacher = method()
     weak = noise_views(2)
     boxes = [torch.tensor([[4.0, 4, 30, 30], [20, 20, 60, 50]]), torch.tensor([[1.0, 1, 20, 40]])]
-    rois = RoIs(boxes, torch.tensor([1, CLASSES, CLASSES]), torch.cat(boxes))
+    rois = RoIs(boxes, torch.tensor([1, CLASSES, CLASSES]), torch.cat(boxes), torch.tensor(3.0))
     with torch.no_grad():
         features = soft_teacher.teacher.features(weak.images)
         weights = soft_teacher.reliability(features, rois, weak, torch.eye(3).double().repeat(2, 1, 1))
@@ -194,7 +196,8 @@ def test_variance_is_small_where_the_refinement_does_not_care(monkeypatch):
         return None, deltas[:, None].expand(-1, CLASSES, -1)
 
     monkeypatch.setattr(soft_teacher.teacher, "box_head", lambda f, c: head(f, c, True))
-    assert soft_teacher.box_variance(features, found, sizes)[0].item() == pytest.approx(0, abs=1e-5)
+    noise = [torch.Generator()]
+    assert soft_teacher.box_variance(features, found, sizes, noise)[0].item() == pytest.approx(0, abs=1e-5)
     monkeypatch.setattr(soft_teacher.teacher, "box_head", lambda f, c: head(f, c, False))
-    values = [soft_teacher.box_variance(features, found, sizes)[0].item() for _ in range(50)]
+    values = [soft_teacher.box_variance(features, found, sizes, noise)[0].item() for _ in range(50)]
     assert np.mean(values) == pytest.approx(0.06, rel=0.2)  # method.jitter_scale

@@ -1,0 +1,153 @@
+"""RoIAlign over the levels of a feature pyramid.
+
+On a processor it is our own kernel: torchvision's reads maps channel by channel, and its backward runs on one core
+without vector instructions, a third of a training step. Ours walks along the channels of channels_last maps. Each core
+has channels of its own, so no two write to the same place and the result is the same on any number of cores.
+On GPUs, and in the exported graph, it is torchvision's operator.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from softteacher.detectors.boxes import pyramid_level
+
+POOL = 7
+
+
+def roi_pool(features: list[Tensor], strides: list[int], rois: Tensor, sampling_ratio: int) -> Tensor:
+    """Pool each RoI to 7 x 7 bins on its own pyramid level (aligned RoIAlign, Mask R-CNN paper; FPN paper, Eq. 1).
+
+    Args:
+        features: L maps [B, C, H, W], float32 or bfloat16, gradients flow to them.
+        strides: pixels of a cell in each.
+        rois: [R, 5] float32: image index, then xyxy in pixels. No gradient flows to them.
+        sampling_ratio: points per bin and axis; 0: as many as the bin has cells, rounded up.
+
+    Returns:
+        [R, 49 * C] float32: the bins row by row, the channels of each bin together.
+    """
+    level = pyramid_level(rois[:, 1:], len(features))
+    if not rois.is_cpu or torch.compiler.is_exporting():
+        pooled = rois.new_zeros((rois.shape[0], features[0].shape[1], POOL, POOL))
+        for n, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+            here = torch.nonzero(level == n).flatten()
+            part = roi_align(feature.float(), rois[here], POOL, 1 / stride, sampling_ratio, aligned=True)
+            pooled = pooled.index_copy(0, here, part)
+        return pooled.permute(0, 2, 3, 1).flatten(1)
+    return _RoIPool.apply(rois.detach(), level, strides, sampling_ratio, *features)
+
+
+class _RoIPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rois: Tensor, level: Tensor, strides: list[int], ratio: int, *features: Tensor) -> Tensor:
+        maps = [f.detach().float().permute(0, 2, 3, 1).contiguous() for f in features]
+        scale = 1 / torch.tensor(strides, dtype=torch.float32)[level]
+        places = (rois[:, 0].long().numpy(), level.numpy(), (rois[:, 1:] * scale[:, None] - 0.5).numpy())
+        out = torch.empty((len(rois), POOL * POOL, maps[0].shape[-1]))
+        _by_channels(_pool, *places, ratio, tuple(m.numpy() for m in maps), out.numpy())
+        ctx.places, ctx.ratio, ctx.shapes, ctx.dtype = places, ratio, [m.shape for m in maps], features[0].dtype
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        maps = [torch.zeros(shape) for shape in ctx.shapes]
+        grad = grads[0].unflatten(1, (POOL * POOL, -1)).contiguous()
+        _by_channels(_unpool, *ctx.places, ctx.ratio, tuple(m.numpy() for m in maps), grad.numpy())
+        return (None, None, None, None, *(m.permute(0, 3, 1, 2).to(ctx.dtype) for m in maps))
+
+
+def _by_channels(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Run a kernel on shares of the channels, one a thread."""
+    bounds = np.linspace(0, arguments[-1].shape[-1], torch.get_num_threads() + 1).astype(int).tolist()
+    shares = list(zip(bounds[:-1], bounds[1:], strict=True))
+    running = [_threads().submit(kernel, *arguments, *share) for share in shares[1:]]
+    kernel(*arguments, *shares[0])
+    for future in running:
+        future.result()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="roi-pool")
+
+
+def _jit(function: Callable[..., None]) -> Callable[..., None]:
+    options: Any = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to write the compiled code: a read-only file system without NUMBA_CACHE_DIR
+        return numba.njit(**options)(function)
+
+
+@numba.njit(nogil=True, inline="always")
+def _bins(start, length, size, ratio, first, count, weight):  # type: ignore[no-untyped-def]
+    """Bilinear weights of the cells under each bin of an axis: bin i has `count[i]` cells from `first[i]` on."""
+    points = ratio if ratio > 0 else math.ceil(length / POOL)
+    for i in range(POOL):
+        first[i], count[i] = 0, 0
+        for s in range(points):
+            at = start + length / POOL * (i + (s + 0.5) / points)
+            if at < -1 or at > size:
+                continue
+            at = min(max(at, 0.0), size - 1.0)
+            low = int(at)
+            if count[i] == 0:
+                first[i] = low
+            k = low - first[i]
+            while count[i] < min(k + 2, size - first[i]):
+                weight[i, count[i]] = 0
+                count[i] += 1
+            weight[i, k] += (low + 1 - at) / points
+            if at > low:
+                weight[i, k + 1] += (at - low) / points
+
+
+@_jit
+def _pool(image, level, boxes, ratio, maps, out, low, high):  # type: ignore[no-untyped-def]
+    side = 2 + max([max(m.shape[1], m.shape[2]) for m in maps])
+    y0, ny, wy = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
+    x0, nx, wx = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
+    for r in range(len(boxes)):
+        feature = maps[level[r]][image[r]]
+        _bins(boxes[r, 1], boxes[r, 3] - boxes[r, 1], feature.shape[0], ratio, y0, ny, wy)
+        _bins(boxes[r, 0], boxes[r, 2] - boxes[r, 0], feature.shape[1], ratio, x0, nx, wx)
+        for i in range(POOL):
+            for j in range(POOL):
+                bin_ = out[r, i * POOL + j]
+                for c in range(low, high):
+                    bin_[c] = 0
+                for k in range(ny[i]):
+                    for m in range(nx[j]):
+                        weight, cell = wy[i, k] * wx[j, m], feature[y0[i] + k, x0[j] + m]
+                        for c in range(low, high):
+                            bin_[c] += weight * cell[c]
+
+
+@_jit
+def _unpool(image, level, boxes, ratio, maps, grad, low, high):  # type: ignore[no-untyped-def]
+    side = 2 + max([max(m.shape[1], m.shape[2]) for m in maps])
+    y0, ny, wy = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
+    x0, nx, wx = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
+    for r in range(len(boxes)):
+        feature = maps[level[r]][image[r]]
+        _bins(boxes[r, 1], boxes[r, 3] - boxes[r, 1], feature.shape[0], ratio, y0, ny, wy)
+        _bins(boxes[r, 0], boxes[r, 2] - boxes[r, 0], feature.shape[1], ratio, x0, nx, wx)
+        for i in range(POOL):
+            for j in range(POOL):
+                bin_ = grad[r, i * POOL + j]
+                for k in range(ny[i]):
+                    for m in range(nx[j]):
+                        weight, cell = wy[i, k] * wx[j, m], feature[y0[i] + k, x0[j] + m]
+                        for c in range(low, high):
+                            cell[c] += weight * bin_[c]

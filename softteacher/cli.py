@@ -94,13 +94,23 @@ def train(
     method: Annotated[MethodName | None, typer.Option(help="Training method; by default the preset's.")] = None,
     preset: Preset = None,
     overrides: Set = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix of the checkpoints; by default OUT/checkpoints.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes on this machine, through torchrun's launcher; 0: one for each GPU.")
+    ] = 1,
 ) -> None:
-    """Train a detector; the model folder holds student, teacher and where they came from."""
+    """Train a detector; the model folder holds student, teacher and where they came from.
+
+    The same command again goes on from the last checkpoint of a run that was cut off.
+    """
     from softteacher.config import load_settings
-    from softteacher.training.train import train as run
+    from softteacher.training.launch import launch
 
     chosen = [f"method.name={method.value}"] if method else []
-    metrics = run(labeled, unlabeled, validation, out, load_settings(preset, [*(overrides or []), *chosen]))
+    settings = load_settings(preset, [*(overrides or []), *chosen])
+    metrics = launch(labeled, unlabeled, validation, out, settings, checkpoints, processes)
     _facts({f"{name}_{key}": round(metrics[name][key], 4) for name in metrics for key in ("AP", "AP50")})
 
 

@@ -51,7 +51,10 @@ class DataSettings(_Group):
         0.01, description="share of unreadable images that a run survives (one always may be)"
     )
     workers: int = Field(2, ge=0, le=256, description="loader processes; 0: load in the training process")
-    cache_mb: int = Field(256, ge=0, description="encoded images kept in memory, MB per loader process")
+    cache_mb: int = Field(20_480, ge=0, description="images of S3 kept on the local disk, MB in all; 0: none")
+    cache_dir: str | None = Field(
+        None, description="where, on a local disk; none: softteacher in the user's cache folder"
+    )
 
     @property
     def max_long_side(self) -> int:
@@ -137,6 +140,9 @@ class TrainingSettings(_Group):
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, samplers, views and jitter")
     labeled_per_batch: int = Field(1, ge=1, description="labelled images per step and process")
     unlabeled_per_batch: int = Field(4, ge=0, description="unlabelled images per step and process")
+    accumulate: int = Field(
+        1, ge=1, le=1024, description="batches whose gradients make one step, for few or small GPUs"
+    )
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="adamw learns faster from nothing; lr about 0.001 then"
     )
@@ -149,15 +155,20 @@ class TrainingSettings(_Group):
         (2 / 3, 8 / 9), description="shares of the iterations after which lr is divided by 10"
     )
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the gradient; none: no clipping")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where the hardware has it"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 autocast where the hardware has it; fp16: with loss scaling, for older GPUs"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: int = Field(
         0, ge=0, description="CPU threads of the networks; 0: one for each core. Tiny ones run best on 1"
     )
     log_every: int = Field(20, ge=1, description="iterations between two lines of training.jsonl")
-    evaluate_every: int = Field(0, ge=0, description="iterations between two validations; 0: only at the end")
+    evaluate_every: int = Field(
+        0, ge=0, description="iterations between two validations, the best weights are kept; 0: only at the end"
+    )
+    patience: int = Field(0, ge=0, description="validations without a better teacher AP until training stops; 0: never")
+    checkpoint_every: int = Field(500, ge=0, description="iterations between two checkpoints; 0: only at SIGTERM")
+    keep_checkpoints: int = Field(2, ge=1, le=100, description="checkpoints that are kept")
     evaluate_batch: int = Field(4, ge=1, description="images per batch in evaluation")
 
 

@@ -31,14 +31,14 @@ class Bar:
         ...         bar.advance(f"loss {1 / (step + 1):.2f}")
     """
 
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.title, self.total, self.done, self._before = title, total, done, done
         self._live = None
         self._started = self._printed = time.monotonic()
         if console.is_terminal:
             columns = (TextColumn("{task.description:<10}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
             self._live = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
-            self._task = self._live.add_task(title, total=total, note="")
+            self._task = self._live.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> Bar:
         if self._live:
@@ -56,10 +56,12 @@ class Bar:
             self._live.update(self._task, advance=steps, note=note)
             return
         now = time.monotonic()
+        if console.quiet:
+            return
         if now - self._printed >= _SECONDS_BETWEEN_LINES or (self.done == self.total and self.total > 1):
             self._printed = now
             filled = 24 * self.done // max(self.total, 1)
-            left = (now - self._started) / max(self.done, 1) * (self.total - self.done)
+            left = (now - self._started) / max(self.done - self._before, 1) * (self.total - self.done)
             line = f"{self.title:<10} [{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total}"
             print(f"{line} {f'{left:.0f} s left ' if left else ''}{note}".rstrip(), file=sys.stderr, flush=True)
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from softteacher.errors import UserError
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `training.device` names; `auto` is CUDA where there is one.
+    """The device that `training.device` names; `auto` is CUDA where there is one, a GPU of its own for each process.
 
     Raises:
         UserError: no such device here.
     """
+    if name in {"auto", "cuda"} and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"training.device = {name!r}: not usable here ({str(e).splitlines()[0]}); use auto") from None
     return device
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run the networks under bf16 autocast; `auto`: where the hardware multiplies bf16 matrices."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+def find_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type that the networks compute in; `auto`: bfloat16 where the hardware multiplies bf16 matrices."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

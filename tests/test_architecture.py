@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "softteacher"
 LAYERS = (
     {"errors"},
     {"detections"},
-    {"config", "storage"},
+    {"config", "storage", "s3"},
     {"console"},
-    {"device"},
+    {"device", "distributed"},
     {"data"},
     {"detectors"},
     {"methods"},
@@ -20,6 +20,7 @@ LAYERS = (
     {"serving"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py")

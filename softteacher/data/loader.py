@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-import cachetools
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from softteacher import storage
+from softteacher import distributed, storage
 from softteacher.config import Settings
+from softteacher.data.cache import ImageCache
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
 from softteacher.data.images import PAD, BadImage
-from softteacher.data.views import View, labeled_view, project_boxes, strong_view, weak_view
+from softteacher.data.views import View, labeled_view, largest_short_side, project_boxes, strong_view, weak_view
 from softteacher.errors import UserError
 
 STRIDE = 32  # batches are padded to a multiple of it
@@ -32,6 +33,7 @@ class Views:
         matrices: [B, 3, 3] float64, original -> view.
         boxes: B x [n, 4] float32, xyxy in view pixels; empty without labels.
         labels: B x [n] int64.
+        seeds: B seeds of what a method draws for an image (samples, jitter), below 2**32.
     """
 
     images: torch.Tensor
@@ -39,6 +41,11 @@ class Views:
     matrices: torch.Tensor
     boxes: list[torch.Tensor]
     labels: list[torch.Tensor]
+    seeds: list[int]
+
+    def noise(self) -> list[torch.Generator]:
+        """A generator for each image, so that its draws don't depend on what else is in the batch."""
+        return [torch.Generator(self.images.device).manual_seed(seed) for seed in self.seeds]
 
     def to(self, device: torch.device) -> Views:
         """The same views on another device."""
@@ -48,6 +55,7 @@ class Views:
             self.matrices.to(device),
             [b.to(device) for b in self.boxes],
             [n.to(device) for n in self.labels],
+            self.seeds,
         )
 
 
@@ -69,7 +77,10 @@ class Batch:
 def batches(
     labeled: CocoDataset, unlabeled: CocoDataset | None, settings: Settings, start: int, burn_in: int = 0
 ) -> Iterator[Batch]:
-    """The batches of the steps `start .. training.iterations`.
+    """The batches of the steps `start .. training.iterations`, `training.accumulate` of them a step.
+
+    Of many processes each gets its part: together they see the images, views and draws that one process with
+    their whole batch would see.
 
     Args:
         labeled: images with boxes.
@@ -84,7 +95,9 @@ def batches(
     loader = DataLoader(
         _Steps(labeled, unlabeled, settings, burn_in),
         batch_size=None,
-        sampler=range(start, settings.training.iterations),
+        sampler=range(
+            start * settings.training.accumulate, settings.training.iterations * settings.training.accumulate
+        ),
         num_workers=settings.data.workers,
         prefetch_factor=4 if settings.data.workers else None,
         worker_init_fn=_one_thread,
@@ -96,26 +109,28 @@ def batches(
 
 
 class _Steps(Dataset):
-    """Item t is the batch of step t. Errors are handed over as values: a worker would wrap them in a traceback."""
+    """Item n is this process's batch n. Errors are handed over as values: a worker would wrap them in a traceback."""
 
     def __init__(self, labeled: CocoDataset, unlabeled: CocoDataset | None, settings: Settings, burn_in: int) -> None:
         self.labeled, self.unlabeled, self.settings, self.burn_in = labeled, unlabeled, settings, burn_in
-        self.cache: cachetools.LRUCache[str, bytes] = cachetools.LRUCache(settings.data.cache_mb * 2**20, getsizeof=len)
-        self.orders: cachetools.LRUCache[tuple[str, int], np.ndarray] = cachetools.LRUCache(4)
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.cache = ImageCache(settings.data.cache_mb, settings.data.cache_dir)
+        self.short_side = largest_short_side(settings.data)
 
-    def __getitem__(self, step: int) -> Batch | UserError:
+    def __getitem__(self, number: int) -> Batch | UserError:
         try:
-            return self._batch(step)
+            return self._batch(*divmod(number, self.settings.training.accumulate))
         except UserError as e:
             return e
 
-    def _batch(self, step: int) -> Batch:
+    def _batch(self, step: int, part: int) -> Batch:
         training, data = self.settings.training, self.settings.data
         broken: dict[str, list[str]] = {}
-        views, boxes, labels = [], [], []
-        for slot in range(training.labeled_per_batch):
-            index, image = self._image(self.labeled, "labeled", step * training.labeled_per_batch + slot, broken)
-            view = labeled_view(image, np.random.default_rng([training.seed, step, slot]), data)
+        views, boxes, labels, seeds = [], [], [], []
+        for position, rng in self._draws(step, part, 0, training.labeled_per_batch):
+            index, image = self._image(self.labeled, "labeled", position, broken)
+            seeds.append(int(rng.integers(2**32)))
+            view = labeled_view(image, rng, data)
             box, label = self.labeled.targets(index)
             size = torch.tensor(view.image.size[::-1])
             projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
@@ -123,16 +138,23 @@ class _Steps(Dataset):
             views.append(view)
             boxes.append(projected[keep])
             labels.append(torch.from_numpy(label)[keep])
-        batch = Batch(_collate(views, boxes, labels), broken=broken)
+        batch = Batch(_collate(views, seeds, boxes, labels), broken=broken)
         if self.unlabeled is not None and step >= self.burn_in and training.unlabeled_per_batch:
-            weak, strong = [], []
-            for slot in range(training.unlabeled_per_batch):
-                _, image = self._image(self.unlabeled, "unlabeled", step * training.unlabeled_per_batch + slot, broken)
-                rng = np.random.default_rng([training.seed, step, training.labeled_per_batch + slot])
+            weak, strong, seeds = [], [], []
+            for position, rng in self._draws(step, part, 1, training.unlabeled_per_batch):
+                _, image = self._image(self.unlabeled, "unlabeled", position, broken)
+                seeds.append(int(rng.integers(2**32)))
                 weak.append(weak_view(image, rng, data))
                 strong.append(strong_view(image, rng, data))
-            batch.weak, batch.strong = _collate(weak), _collate(strong)
+            batch.weak, batch.strong = _collate(weak, seeds), _collate(strong, seeds)
         return batch
+
+    def _draws(self, step: int, part: int, kind: int, count: int) -> Iterator[tuple[int, np.random.Generator]]:
+        """Place in the endless sequence of images, and random numbers, of each image of a batch."""
+        first = (part * self.world_size + self.rank) * count
+        whole = self.settings.training.accumulate * self.world_size * count
+        for slot in range(first, first + count):
+            yield step * whole + slot, np.random.default_rng([self.settings.training.seed, step, kind, slot])
 
     def _image(
         self, dataset: CocoDataset, part: str, position: int, broken: dict[str, list[str]]
@@ -140,27 +162,17 @@ class _Steps(Dataset):
         """The image at a position of the endless shuffled sequence, or the next readable one."""
         for offset in range(len(dataset)):
             epoch, place = divmod(position + offset, len(dataset))
-            index = int(self._order(part, epoch, len(dataset))[place])
+            index = int(_order(self.settings.training.seed, part, epoch, len(dataset))[place])
             try:
-                return index, read_image(dataset, index, self._read)[0]
+                return index, read_image(dataset, index, self.cache.read, self.short_side)[0]
             except (BadImage, storage.MissingFile) as e:
                 broken.setdefault(part, []).append(str(e))
         raise UserError(f"{dataset.source}: not one of its {len(dataset)} images can be read; check the image folder")
 
-    def _read(self, uri: str) -> bytes:
-        if uri in self.cache:
-            return self.cache[uri]
-        data = storage.read_bytes(uri)
-        if len(data) <= self.cache.maxsize:
-            self.cache[uri] = data
-        return data
 
-    def _order(self, part: str, epoch: int, count: int) -> np.ndarray:
-        key = (part, epoch)
-        if key not in self.orders:
-            rng = np.random.default_rng([self.settings.training.seed, epoch, len(part)])
-            self.orders[key] = rng.permutation(count)
-        return self.orders[key]
+@functools.lru_cache(4)
+def _order(seed: int, part: str, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, len(part)]).permutation(count)
 
 
 def pad(images: list[np.ndarray]) -> torch.Tensor:
@@ -174,11 +186,14 @@ def pad(images: list[np.ndarray]) -> torch.Tensor:
 
 
 def _collate(
-    views: list[View], boxes: list[torch.Tensor] | None = None, labels: list[torch.Tensor] | None = None
+    views: list[View],
+    seeds: list[int],
+    boxes: list[torch.Tensor] | None = None,
+    labels: list[torch.Tensor] | None = None,
 ) -> Views:
     sizes = torch.tensor([v.image.size[::-1] for v in views])
     matrices = torch.from_numpy(np.stack([v.matrix for v in views]))
-    return Views(pad([np.asarray(v.image) for v in views]), sizes, matrices, boxes or [], labels or [])
+    return Views(pad([np.asarray(v.image) for v in views]), sizes, matrices, boxes or [], labels or [], seeds)
 
 
 def _one_thread(_: int) -> None:

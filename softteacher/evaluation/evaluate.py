@@ -8,7 +8,7 @@ from typing import Any
 from softteacher import storage
 from softteacher.console import say
 from softteacher.data.coco import load_coco
-from softteacher.device import find_device, use_bf16
+from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
 from softteacher.evaluation.inference import score
 from softteacher.evaluation.report import write_report
@@ -43,7 +43,7 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
         scored: dict[str, Any] = {}
         for name in [weights] if weights else WEIGHTS:
             detector = source.detector(name).to(device)
-            detector.bf16 = use_bf16(settings.training.precision, device)
+            detector.precision = find_precision(settings.training.precision, device)
             scored[name] = score(detector, dataset, settings, device)
             ap = scored[name][0]
             say(f"evaluate: {name} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
+from softteacher import distributed
 from softteacher.config import Settings
 from softteacher.console import Bar
 from softteacher.data.check import read_image, report_broken
@@ -25,38 +27,49 @@ def detect_dataset(
 ) -> dict[int, Detections]:
     """Detections (numpy, pixels of the original image) by image id; broken images are counted and left out.
 
+    Of many processes each takes a share of the batches, and gets all detections.
+
     Raises:
         UserError: more images are broken than `data.max_bad_images` allows.
     """
+
+    def load(index: int) -> tuple[int, np.ndarray, np.ndarray] | str:
+        """Image id, resized image, and how much it was scaled; or what is wrong with it."""
+        try:
+            image = read_image(dataset, index)[0]
+        except (BadImage, MissingFile) as e:
+            return str(e)
+        width, height = inference_size(*image.size, settings.data.short_side, settings.data.max_long_side)
+        scale = np.array([width / image.width, height / image.height] * 2, np.float32)
+        return dataset.images[index].id, np.asarray(resize(image, width, height)), scale
+
     was_training = detector.training
     detector.eval()
     # images of like shape share a batch, so that little is padded
     order = sorted(range(len(dataset)), key=lambda i: dataset.images[i].height / max(dataset.images[i].width, 1))
+    size = settings.training.evaluate_batch
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    chunks = chunks[distributed.rank() :: distributed.world_size()]
     found: dict[int, Detections] = {}
     broken: list[str] = []
-    size = settings.training.evaluate_batch
-    with Bar(title, len(dataset)) as bar:
-        for start in range(0, len(order), size):
-            ids, images, scales = [], [], []
-            for index in order[start : start + size]:
-                try:
-                    image = read_image(dataset, index)[0]
-                except (BadImage, MissingFile) as e:
-                    broken.append(str(e))
-                    continue
-                width, height = inference_size(*image.size, settings.data.short_side, settings.data.max_long_side)
-                ids.append(dataset.images[index].id)
-                images.append(np.asarray(resize(image, width, height)))
-                scales.append(np.array([width / image.width, height / image.height] * 2, np.float32))
-            if images:
-                sizes = torch.tensor([i.shape[:2] for i in images])
-                batch = detector(pad(images).to(device), sizes.to(device))
-                for image_id, detections, scale in zip(ids, batch, scales, strict=True):
+    with Bar(title, sum(map(len, chunks))) as bar, ThreadPoolExecutor(max(1, settings.data.workers)) as pool:
+        ahead = [[pool.submit(load, i) for i in chunk] for chunk in chunks[:1]]
+        for chunk, after in zip(chunks, [*chunks[1:], []], strict=True):
+            loaded = [future.result() for future in ahead.pop()]
+            ahead.append([pool.submit(load, i) for i in after])  # read while the detector works
+            broken += [x for x in loaded if isinstance(x, str)]
+            good = [x for x in loaded if not isinstance(x, str)]
+            if good:
+                sizes = torch.tensor([image.shape[:2] for _, image, _ in good])
+                batch = detector(pad([image for _, image, _ in good]).to(device), sizes.to(device))
+                for (image_id, _, scale), detections in zip(good, batch, strict=True):
                     found[image_id] = detections.numpy()
                     found[image_id].boxes = found[image_id].boxes / scale
-            bar.advance(steps=len(order[start : start + size]))
+            bar.advance(steps=len(chunk))
     detector.train(was_training)
-    report_broken(dataset, broken, settings.data.max_bad_images)
+    shares = distributed.gather((found, broken))
+    found = {image_id: d for part, _ in shares for image_id, d in part.items()}
+    report_broken(dataset, [line for _, part in shares for line in part], settings.data.max_bad_images)
     return found
 
 
@@ -67,4 +80,4 @@ def score(
     found = detect_dataset(detector, dataset, settings, device)
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     results = coco_results(dataset, found)
-    return coco_metrics(dataset, results), results, dataset
+    return distributed.once(lambda: coco_metrics(dataset, results)), results, dataset

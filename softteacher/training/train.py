@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import os
 import platform
 import subprocess
@@ -15,25 +17,41 @@ import numpy as np
 import torch
 import torchvision
 
-from softteacher import __version__, storage
+from softteacher import __version__, distributed, storage
 from softteacher.config import Settings
-from softteacher.console import say
+from softteacher.console import console, say
 from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
 from softteacher.data.split import images_only
 from softteacher.detectors.build import build
-from softteacher.detectors.faster_rcnn import FasterRCNN
-from softteacher.device import find_device, use_bf16
+from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
 from softteacher.evaluation.inference import score
 from softteacher.methods import build_method
 from softteacher.model_folder import ModelFolder
-from softteacher.training.trainer import run_training
+from softteacher.storage import join
+from softteacher.training.checkpoint import Checkpoints
+from softteacher.training.trainer import Trainer, run_training
+
+# the same weights come out, whatever these are; the batch counts as a whole
+_INDIFFERENT = {
+    "data.workers",
+    "data.max_bad_images",
+    *(f"training.{key}" for key in ("device", "threads", "log_every", "evaluate_batch", "precision", "accumulate")),
+    *(
+        f"training.{key}"
+        for key in ("labeled_per_batch", "unlabeled_per_batch", "checkpoint_every", "keep_checkpoints")
+    ),
+}
 
 
-def train(labeled: str, unlabeled: str | None, validation: str, out: str, settings: Settings) -> dict[str, Any]:
-    """Train a detector and write its model folder.
+def train(
+    labeled: str, unlabeled: str | None, validation: str, out: str, settings: Settings, checkpoints: str | None = None
+) -> dict[str, Any]:
+    """Train a detector and write its model folder. A run that was cut off goes on from its last checkpoint.
+
+    Under torchrun the processes share the work, see `softteacher.distributed`.
 
     Args:
         labeled: manifest or COCO json with boxes.
@@ -41,67 +59,127 @@ def train(labeled: str, unlabeled: str | None, validation: str, out: str, settin
         validation: manifest or COCO json; scored at the end, and handed on in the model folder.
         out: the model folder, local or `s3://`.
         settings: everything else.
+        checkpoints: folder or `s3://` prefix of the checkpoints; none: `checkpoints` in `out`. They are removed when
+            the model is there.
 
     Returns:
         `metrics.json`: AP and more of teacher and student.
 
     Raises:
         UserError: bad input; nothing is left at `out` then.
+        Stopped: the process was told to end; a checkpoint is written.
     """
     device = find_device(settings.training.device)
+    with distributed.process_group(device):
+        console.quiet = distributed.rank() > 0
+        try:
+            return _train(
+                labeled, unlabeled, validation, out, settings, checkpoints or join(out, "checkpoints"), device
+            )
+        finally:
+            console.quiet = False
+
+
+def _train(
+    labeled: str, unlabeled: str | None, validation: str, out: str, settings: Settings, place: str, device: torch.device
+) -> dict[str, Any]:
+    main, s = distributed.rank() == 0, settings.training
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
     extra = _unlabeled(unlabeled, train_set, settings)
-    val_set = check_images(val_set, settings.data.max_bad_images, "check val")  # not found out after days of training
-    if settings.training.threads:
-        torch.set_num_threads(settings.training.threads)
-    torch.manual_seed(settings.training.seed)
+    sets = {"labeled": train_set} | ({"unlabeled": extra} if extra else {})
+    run = _identity(settings, {**sets, "validation": val_set})
+    if done := distributed.once(lambda: _finished(out, run)):
+        say(f"train: {out} holds the model of this very run; nothing to do")
+        return done
+    # broken images are not found out after days of training
+    val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val"))
+    if s.threads or "LOCAL_WORLD_SIZE" in os.environ:
+        share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(s.threads or share)
+    torch.manual_seed(s.seed)
     student = build(settings.detector, len(train_set.categories)).to(device)
     student.to(memory_format=torch.channels_last)
-    student.bf16 = use_bf16(settings.training.precision, device)
+    student.precision = find_precision(s.precision, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    method = build_method(settings, student, teacher)
+    trainer = Trainer(student, teacher, build_method(settings, student, teacher), settings, device)
     say(
         f"train: {settings.method.name}, {settings.detector.name}, {len(train_set.categories)} classes, "
-        f"{len(train_set)} labelled and {len(extra or ())} unlabelled images, "
-        f"{settings.training.iterations} iterations, {device}, {'bf16' if student.bf16 else 'fp32'}"
+        f"{len(train_set)} labelled and {len(extra or ())} unlabelled images, {s.iterations} iterations of "
+        f"{_batch(settings)}, {distributed.world_size()} x {device}, {str(student.precision).removeprefix('torch.')}"
     )
 
-    def validate(detector: FasterRCNN) -> dict[str, Any]:
-        return score(detector, val_set, settings, device)[0]
+    def validate() -> dict[str, dict[str, Any]]:
+        detectors = {"teacher": teacher, "student": student}
+        return {name: score(detector, val_set, settings, device)[0] for name, detector in detectors.items()}
 
-    with storage.output_folder(out) as folder:
-        burn_in = round(settings.method.burn_in * settings.training.iterations)
-        sets = {"labeled": train_set} | ({"unlabeled": extra} if extra else {})
-        facts = run_training(
-            student,
-            teacher,
-            method,
-            batches(train_set, extra, settings, start=0, burn_in=burn_in),
-            settings,
-            device,
-            folder,
-            sets,
-            lambda step: {f"{n}_AP": validate(d)["AP"] for n, d in (("teacher", teacher), ("student", student))},
-        )
-        metrics = {"teacher": validate(teacher), "student": validate(student)}
-        provenance = {
-            "format": 1,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "method": settings.method.name,
-            "seed": settings.training.seed,
-            "data": {
-                name: {"source": d.source, "root": d.root, "images": len(d), "fingerprint": d.fingerprint()}
-                for name, d in {**sets, "validation": val_set}.items()
-            },
-            "git_sha": git_sha(),
-            "versions": versions(),
-            "machine": {"platform": platform.platform(), "device": str(device), "threads": torch.get_num_threads()},
-            "training": facts,
-        }
-        ModelFolder.write(folder, student, teacher, settings, val_set, metrics, provenance)
-    say(f"train: teacher AP {metrics['teacher']['AP']:.3f}, student AP {metrics['student']['AP']:.3f} -> {out}")
+    with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
+        checkpoints = Checkpoints(place, run, s.keep_checkpoints) if main else None
+        state = distributed.once(lambda: Checkpoints(place, run, s.keep_checkpoints).load())
+        if state:
+            trainer.load_state(state)
+            say(f"train: goes on at step {trainer.progress.step} of {s.iterations}, from {place}")
+        burn_in = round(settings.method.burn_in * s.iterations)
+        parts = batches(train_set, extra, settings, start=trainer.progress.step, burn_in=burn_in)
+        run_training(trainer, parts, sets, folder, checkpoints, validate if s.evaluate_every else None)
+        best = trainer.progress.best
+        if best:
+            teacher.load_state_dict(best["teacher"])
+            student.load_state_dict(best["student"])
+        metrics = best["metrics"] if best else validate()
+        if folder:
+            provenance = {
+                "format": 1,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "method": settings.method.name,
+                "seed": s.seed,
+                "run": run,
+                "data": {
+                    name: {"source": d.source, "root": d.root, "images": len(d), "fingerprint": d.fingerprint()}
+                    for name, d in {**sets, "validation": val_set}.items()
+                },
+                "git_sha": git_sha(),
+                "versions": versions(),
+                "machine": {
+                    "platform": platform.platform(),
+                    "device": str(device),
+                    "processes": distributed.world_size(),
+                    "threads": torch.get_num_threads(),
+                },
+                "training": trainer.progress.facts(),
+            }
+            ModelFolder.write(folder, student, teacher, settings, val_set, metrics, provenance)
+    if checkpoints:
+        checkpoints.remove()
+    of = f" at step {best['step']}, the best" if best else ""
+    if best:
+        say(f"train: {trainer.progress.facts()['evaluation_share']:.0%} of the time went into validations")
+    say(f"train: teacher AP {metrics['teacher']['AP']:.3f}, student AP {metrics['student']['AP']:.3f}{of} -> {out}")
     return metrics
+
+
+def _batch(settings: Settings) -> str:
+    """The images of a step, all processes together."""
+    s = settings.training
+    times = distributed.world_size() * s.accumulate
+    return f"{times * s.labeled_per_batch} + {times * s.unlabeled_per_batch} images"
+
+
+def _identity(settings: Settings, sets: dict[str, CocoDataset]) -> dict[str, Any]:
+    """What makes a run this run: the settings that decide its result, the batch of all processes, and the data."""
+    tree = settings.model_dump(mode="json")
+    flat = {f"{group}.{key}": value for group, values in tree.items() for key, value in values.items()}
+    kept = {k: v for k, v in flat.items() if k not in _INDIFFERENT and not k.startswith(("export.", "data.cache_"))}
+    return {**kept, "batch": _batch(settings), **{f"data set {name}": d.fingerprint() for name, d in sets.items()}}
+
+
+def _finished(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of the model at `out`, if it is that of this run."""
+    try:
+        provenance = json.loads(storage.read_bytes(join(out, "provenance.json")))
+        return json.loads(storage.read_bytes(join(out, "metrics.json"))) if provenance["run"] == run else None
+    except (storage.MissingFile, ValueError, KeyError, TypeError):
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -1,19 +1,24 @@
-"""The training loop. It doesn't know which method it runs: forward, sum of the loss terms, step, EMA, log."""
+"""The training loop. It doesn't know which method it runs: forward, sum of the loss terms, step, EMA, log.
+
+A run can be cut anywhere: what step t does depends on `Progress` and the weights only, which a checkpoint holds.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from softteacher import distributed
 from softteacher.config import Settings, TrainingSettings
 from softteacher.console import Bar, say
 from softteacher.data.check import report_broken
@@ -22,7 +27,10 @@ from softteacher.data.loader import Batch
 from softteacher.detectors.faster_rcnn import FasterRCNN
 from softteacher.errors import UserError
 from softteacher.methods import Method
+from softteacher.training.checkpoint import Checkpoints
 from softteacher.training.ema import ema_momentum, update_teacher
+from softteacher.training.interrupt import Stopped, StopRequest
+from softteacher.training.log import TrainingLog, window_means
 
 MAX_SKIPPED = 20
 
@@ -34,118 +42,280 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     return settings.lr * (settings.warmup_factor + (1 - settings.warmup_factor) * warm) * 0.1**drops
 
 
-def run_training(
-    student: FasterRCNN,
-    teacher: FasterRCNN,
-    method: Method,
-    batches: Iterator[Batch],
-    settings: Settings,
-    device: torch.device,
-    log_folder: Path,
-    sets: dict[str, CocoDataset],
-    validate: Callable[[int], dict[str, float]] | None = None,
-) -> dict[str, Any]:
-    """Train the student; the teacher follows.
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        skipped: steps whose gradient was not finite.
+        in_a_row: the last of them that followed each other.
+        images: views that the student saw, in all processes.
+        seconds: spent, evaluations included.
+        evaluating: seconds of them spent in evaluations.
+        broken: what is wrong with images that could not be read, by data set.
+        window: the numbers of the steps since the last line of the log.
+        log: the lines of `training.jsonl`.
+        evaluated: step of the last validation.
+        worse: validations since the best one.
+        best: step, metrics and weights of the best validation, by the teacher's AP.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    evaluating: float = 0.0
+    broken: dict[str, list[str]] = field(default_factory=dict)
+    window: dict[str, list[float]] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    evaluated: int = 0
+    worse: int = 0
+    best: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What the provenance of a model says of its training."""
+        return {
+            "steps": self.step,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "evaluation_share": self.evaluating / max(self.seconds, 1e-9),
+            "images_per_second": self.images / max(self.seconds - self.evaluating, 1e-9),
+            "best_step": self.best and self.best["step"],
+            "unreadable": self.broken,
+        }
+
+
+class Trainer:
+    """Trains a student; the teacher follows.
 
     Args:
         student: trained in place.
         teacher: moved in place.
         method: gives the losses.
-        batches: one per step.
         settings: optimisation.
         device: where the detectors are.
-        log_folder: gets `training.jsonl` and TensorBoard events.
-        sets: the data sets by the names that `Batch.broken` uses.
-        validate: called every `evaluate_every` steps; its numbers are logged.
+    """
 
-    Returns:
-        Facts of the run: steps, skipped steps, images per second.
+    def __init__(
+        self, student: FasterRCNN, teacher: FasterRCNN, method: Method, settings: Settings, device: torch.device
+    ) -> None:
+        self.student, self.teacher, self.settings, self.device = student, teacher, settings, device
+        self.progress = Progress()
+        s = settings.training
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Optimizer
+        if s.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.parameters, s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, s.lr, weight_decay=s.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=student.precision == torch.float16)
+        losses = _Losses(student, method)
+        # no buffer ever changes; the option's name depends on torch's age
+        known = inspect.signature(DistributedDataParallel).parameters
+        options: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        parallel = distributed.world_size() > 1
+        self.losses: Any = DistributedDataParallel(losses, **options) if parallel else losses
+
+    def step(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        """One optimizer step on the mean gradient of some batches, and one of the teacher.
+
+        Returns:
+            Losses and facts of the method, means over the batches.
+        """
+        p, s = self.progress, self.settings.training
+        self.optimizer.zero_grad(set_to_none=True)
+        numbers: dict[str, Tensor | float] = {}
+        for n, batch in enumerate(batches):
+            last = n + 1 == len(batches)
+            # gradients travel between processes once a step
+            parallel = isinstance(self.losses, DistributedDataParallel)
+            with self.losses.no_sync() if parallel and not last else contextlib.nullcontext():
+                losses, facts = self.losses(batch.to(self.device), p.step)
+                total = torch.stack(list(losses.values())).sum()
+                self.scaler.scale(total / len(batches)).backward()
+            for key, value in {"loss": total.detach(), **{k: v.detach() for k, v in losses.items()}, **facts}.items():
+                numbers[key] = numbers.get(key, 0.0) + value / len(batches)
+            p.images += distributed.world_size() * (
+                len(batch.labeled.images) + (len(batch.strong.images) if batch.strong else 0)
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(p.step, s)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, s.clip_gradient or math.inf)
+        if torch.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            p.in_a_row = 0
+        else:
+            p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
+            bad = ", ".join(k for k, v in losses.items() if not torch.isfinite(v)) or "gradient"
+            say(f"step {p.step}: not finite ({bad}); step skipped ({p.skipped} so far)")
+            if p.in_a_row == MAX_SKIPPED:
+                raise UserError(
+                    f"step {p.step}: the loss was not finite {p.in_a_row} times in a row; lower training.lr "
+                    f"(now {s.lr:g}) or set training.clip_gradient=10"
+                )
+        self.scaler.update()
+        update_teacher(self.teacher, self.student, ema_momentum(p.step, self.settings.method.ema_momentum))
+        p.step += 1
+        return numbers
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": dict(vars(self.progress)),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()`."""
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+
+def run_training(
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    sets: dict[str, CocoDataset],
+    log_folder: Path | None = None,
+    checkpoints: Checkpoints | None = None,
+    validate: Callable[[], dict[str, dict[str, Any]]] | None = None,
+) -> None:
+    """Train from where the trainer's progress stands to the end, or to an early stop.
+
+    Args:
+        trainer: of a new run, or with the state of a checkpoint.
+        batches: of the steps that are left.
+        sets: the data sets by the names that `Batch.broken` uses.
+        log_folder: gets `training.jsonl` and TensorBoard events; none in all processes but one.
+        checkpoints: written every `checkpoint_every` steps, at the end and when the process is told to stop; none:
+            in all processes but one, or without checkpoints.
+        validate: metrics of teacher and student, every `evaluate_every` steps and at the end.
 
     Raises:
-        UserError: too many unreadable images, or a loss that stays not finite.
+        UserError: too many unreadable images, out of memory, or a loss that stays not finite.
+        Stopped: SIGTERM or SIGINT came; the last checkpoint holds the step that was under way.
     """
-    s = settings.training
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer
-    if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
-    broken: dict[str, set[str]] = {name: set() for name in sets}
-    skipped, in_a_row, images, started = 0, 0, 0, time.monotonic()
-    window: dict[str, list[float]] = {}
-    window_started, window_images = started, 0
+    s, p = trainer.settings.training, trainer.progress
+    window: dict[str, list[Tensor | float]] = {k: list(v) for k, v in p.window.items()}
     with (
-        Bar(settings.method.name, s.iterations) as bar,
-        SummaryWriter(log_folder) as board,
-        (log_folder / "training.jsonl").open("a") as log,
+        Bar(trainer.settings.method.name, s.iterations, p.step) as bar,
+        TrainingLog(log_folder, p.log) as log,
+        _memory_explained(p),
+        StopRequest().watching() as request,
     ):
-        for step, raw in enumerate(batches):
-            for name, lines in raw.broken.items():
-                if not broken[name].issuperset(lines):
-                    known, broken[name] = broken[name], broken[name] | set(lines)
-                    report_broken(sets[name], broken[name], settings.data.max_bad_images, known)
-            batch = raw.to(device)
-            # sampling and jitter depend on (seed, step) only, as the batches do; torch's generator on the CPU takes
-            # just 32 bits of a seed
-            torch.manual_seed(int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0]))
-            losses, facts = method.losses(batch, step)
-            total = torch.stack(list(losses.values())).sum()
-            count = len(batch.labeled.images) + (len(batch.strong.images) if batch.strong else 0)
-            images, window_images = images + count, window_images + count
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, s)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, s.clip_gradient or math.inf)
-            if torch.isfinite(norm):
-                optimizer.step()
-                in_a_row = 0
-            else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-                bad = ", ".join(k for k, v in losses.items() if not torch.isfinite(v)) or "gradient"
-                say(f"step {step}: not finite ({bad}); step skipped ({skipped} so far)")
-                if in_a_row == MAX_SKIPPED:
-                    raise UserError(
-                        f"step {step}: the loss was not finite {in_a_row} times in a row; lower training.lr "
-                        f"(now {s.lr:g}) or set training.clip_gradient=10"
-                    )
-            update_teacher(teacher, student, ema_momentum(step, settings.method.ema_momentum))
+        window_started, window_images = time.monotonic(), p.images
+        saved, note = p.step, ""
 
-            numbers = {"loss": total.item(), **{k: v.item() for k, v in losses.items()}, **facts}
-            for key, value in numbers.items():
+        def save(wait: bool) -> None:
+            nonlocal saved
+            if checkpoints and saved != p.step:
+                p.window = {k: [float(x) for x in v] for k, v in window.items()}
+                checkpoints.save(p.step, trainer.state(), wait)
+            elif checkpoints and wait:
+                checkpoints.finish(strict=True)
+            saved = p.step
+
+        while True:
+            due = s.evaluate_every and (p.step % s.evaluate_every == 0 or p.step == s.iterations) and p.step
+            if validate and due and p.evaluated != p.step:
+                started = time.monotonic()
+                try:
+                    with request.at_once():
+                        metrics = validate()
+                except Stopped:
+                    save(wait=True)
+                    raise
+                _judge(trainer, metrics)
+                seconds = time.monotonic() - started
+                p.evaluating, p.seconds = p.evaluating + seconds, p.seconds + seconds
+                window_started += seconds
+                scores = {f"{name}_AP": m["AP"] for name, m in metrics.items()}
+                log.write({"step": p.step, **scores, "evaluation_seconds": seconds})
+                saved = -1  # the checkpoint of this step, if there is one, doesn't know of the evaluation
+            if s.patience and p.worse >= s.patience:
+                say(f"step {p.step}: {p.worse} validations without a better teacher: stopped early")
+                break
+            if p.step == s.iterations:
+                break
+            if s.checkpoint_every and p.step % s.checkpoint_every == 0 and p.step:
+                save(wait=False)
+            if any(distributed.mean([float(request.signal)], trainer.device)):
+                save(wait=True)
+                request.stop()
+
+            started = time.monotonic()
+            parts = [next(batches) for _ in range(s.accumulate)]
+            for part in parts:
+                for name, lines in part.broken.items():
+                    known = p.broken.get(name, [])
+                    if not set(known).issuperset(lines):
+                        p.broken[name] = sorted({*known, *lines})
+                        report_broken(sets[name], p.broken[name], trainer.settings.data.max_bad_images, known)
+            for key, value in trainer.step(parts).items():
                 window.setdefault(key, []).append(value)
-            last = step + 1 == s.iterations
-            scores = validate(step) if validate and s.evaluate_every and (step + 1) % s.evaluate_every == 0 else {}
-            if (step + 1) % s.log_every == 0 or last or scores:
+            p.seconds += time.monotonic() - started
+            if p.step % s.log_every == 0 or p.step == s.iterations:
+                line = window_means(window, trainer.device)
                 now = time.monotonic()
-                means = {k: _mean(v) for k, v in window.items()}
-                means |= {"lr": learning_rate(step, s), "images_per_second": window_images / (now - window_started)}
-                means |= {"skipped": skipped, **scores}
-                log.write(json.dumps({"step": step + 1, **{k: _rounded(v) for k, v in means.items()}}) + "\n")
-                log.flush()
-                for key, value in means.items():
-                    board.add_scalar(key, value, step + 1)
-                window, window_images, window_started = {}, 0, now
-                note = f"loss {means['loss']:.3f}"
-                if "pseudo_boxes_cls" in means:
-                    note += f", {means['pseudo_boxes_cls']:.1f} pseudo boxes an image"
-            bar.advance(note if (step + 1) >= s.log_every or last else f"loss {numbers['loss']:.3f}")
-    seconds = time.monotonic() - started
-    unreadable = {name: sorted(lines) for name, lines in broken.items() if lines}
-    return {
-        "steps": s.iterations,
-        "skipped": skipped,
-        "seconds": seconds,
-        "images_per_second": images / seconds,
-        "unreadable": unreadable,
+                rate = (p.images - window_images) / (now - window_started)
+                window, window_images, window_started = {}, p.images, now
+                line |= {"lr": learning_rate(p.step - 1, s), "images_per_second": rate, "skipped": p.skipped}
+                log.write({"step": p.step, **line})
+                note = f"loss {line['loss']:.3f}"
+                if "pseudo_boxes_cls" in line:
+                    note += f", {line['pseudo_boxes_cls']:.1f} pseudo boxes an image"
+            bar.advance(note)
+        if s.checkpoint_every:
+            save(wait=False)  # if the last evaluation is cut off, the training isn't lost
+
+
+def _judge(trainer: Trainer, metrics: dict[str, dict[str, Any]]) -> None:
+    """Keep the weights if the teacher is better than it ever was."""
+    p = trainer.progress
+    p.evaluated = p.step
+    if p.best and metrics["teacher"]["AP"] <= p.best["metrics"]["teacher"]["AP"]:
+        p.worse += 1
+        return
+    p.worse = 0
+    weights = {
+        name: {k: v.detach().cpu().clone() for k, v in detector.state_dict().items()}
+        for name, detector in (("teacher", trainer.teacher), ("student", trainer.student))
     }
+    p.best = {"step": p.step, "metrics": metrics, **weights}
 
 
-def _mean(values: list[float]) -> float:
-    finite = [v for v in values if math.isfinite(v)]
-    return sum(finite) / len(finite) if finite else 0.0
+class _Losses(nn.Module):
+    """A method's losses as the forward of a module, which is what DistributedDataParallel hooks into."""
+
+    def __init__(self, student: FasterRCNN, method: Method) -> None:
+        super().__init__()
+        self.student, self.method = student, method
+
+    def forward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return self.method.losses(batch, step)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+@contextlib.contextmanager
+def _memory_explained(progress: Progress) -> Iterator[None]:
+    """Out of memory is the user's to mend: say with which settings."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        text = str(e).splitlines()[0] if str(e) else ""
+        worker = "DataLoader worker" in text
+        if not (isinstance(e, torch.OutOfMemoryError | MemoryError) or worker or "can't allocate memory" in text):
+            raise
+        what = "a loader process was killed" if worker else "out of memory"
+        least = (
+            "data.workers, data.short_side" if worker else "data.short_side, training.unlabeled_per_batch (and raise "
+        )
+        least += "" if worker else "training.accumulate), detector.roi_batch or detector.proposals_train"
+        raise UserError(f"step {progress.step}: {what} ({text[:200]}); lower {least}") from e

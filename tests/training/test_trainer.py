@@ -10,7 +10,7 @@ import torch
 from softteacher.config import load_settings
 from softteacher.data.loader import Batch
 from softteacher.errors import UserError
-from softteacher.training.trainer import learning_rate, run_training
+from softteacher.training.trainer import Trainer, learning_rate, run_training
 from tests.samples import dataset, noise_views, write_coco
 
 
@@ -28,12 +28,11 @@ class Fake:
     def __init__(self, broken=()):
         self.student = torch.nn.Module()
         self.student.w = torch.nn.Parameter(torch.zeros(()))
+        self.student.precision = torch.float32
         self.teacher = copy.deepcopy(self.student)
         self.broken = broken
-        self.seeds = []
 
     def losses(self, batch, step):
-        self.seeds.append(torch.rand(()).item())
         loss = (self.student.w - 3) ** 2 / 2
         factor = torch.nan if step in self.broken else 1
         return {"a": loss * factor, "b": loss}, {"fact": float(step)}
@@ -44,10 +43,10 @@ def run(tmp_path, fake, *overrides, batches=None, sets=None, validate=None):
     chosen += ["training.warmup_iterations=0", "training.lr_steps=[]", "training.iterations=10", *overrides]
     settings = load_settings(None, chosen)
     batches = batches or itertools.repeat(Batch(noise_views()), settings.training.iterations)
-    facts = run_training(
-        fake.student, fake.teacher, fake, batches, settings, torch.device("cpu"), tmp_path, sets or {}, validate
-    )
-    return facts, [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    trainer = Trainer(fake.student, fake.teacher, fake, settings, torch.device("cpu"))
+    run_training(trainer, iter(batches), sets or {}, tmp_path, None, validate)
+    lines = (tmp_path / "training.jsonl").read_text().splitlines()
+    return trainer.progress.facts(), [json.loads(line) for line in lines]
 
 
 def test_it_minimises_the_sum_and_the_teacher_follows(tmp_path):
@@ -68,14 +67,16 @@ def test_it_minimises_the_sum_and_the_teacher_follows(tmp_path):
     assert any(p.name.startswith("events.out.tfevents") for p in tmp_path.iterdir())
 
 
-def test_randomness_depends_on_seed_and_step(tmp_path):
-    fakes = [Fake() for _ in range(3)]
-    for n, (fake, seed) in enumerate(zip(fakes, (1, 1, 2), strict=True)):
-        (tmp_path / str(n)).mkdir()
-        torch.rand(n)
-        run(tmp_path / str(n), fake, f"training.seed={seed}")
-    assert fakes[0].seeds == fakes[1].seeds
-    assert len(set(fakes[0].seeds + fakes[2].seeds)) == 20
+def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path):
+    """Two batches a step: the loss is that of the weights before it, twice, and the images count twice."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = Fake(), Fake()
+    run(tmp_path / "one", one)
+    batches = itertools.repeat(Batch(noise_views()), 20)
+    _, log = run(tmp_path / "two", two, "training.accumulate=2", batches=batches)
+    assert two.student.w.item() == pytest.approx(one.student.w.item(), rel=1e-6)
+    assert log[-1]["fact"] == 4.5
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path, capsys):
@@ -95,16 +96,77 @@ def test_it_gives_up_on_a_loss_that_stays_broken(tmp_path):
         run(tmp_path, Fake(broken=range(100)), "training.iterations=100")
 
 
+def validator(scores):
+    """Answers these teacher APs, one a validation."""
+    answers = iter(scores)
+    return lambda: {"teacher": {"AP": next(answers)}, "student": {"AP": 0.5}}
+
+
 def test_validation(tmp_path):
+    facts, log = run(tmp_path, Fake(), "training.evaluate_every=4", validate=validator([0.1, 0.3, 0.2]))
+    rows = [(row["step"], row["teacher_AP"], row["student_AP"]) for row in log if "teacher_AP" in row]
+    assert rows == [(4, 0.1, 0.5), (8, 0.3, 0.5), (10, 0.2, 0.5)]
+    assert facts["best_step"] == 8
+    assert 0 < facts["evaluation_share"] < 1
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    fake = Fake()
+    settings = load_settings(None, ["training.iterations=4", "training.evaluate_every=1", "training.lr=0.1"])
+    trainer = Trainer(fake.student, fake.teacher, fake, settings, torch.device("cpu"))
     seen = []
-    _, log = run(
-        tmp_path,
-        Fake(),
-        "training.evaluate_every=4",
-        validate=lambda step: seen.append(step) or {"teacher_AP": step / 8},
-    )
-    assert seen == [3, 7]
-    assert [(row["step"], row.get("teacher_AP")) for row in log] == [(4, 0.375), (8, 0.875), (10, None)]
+
+    def validate():
+        seen.append(fake.teacher.w.item())
+        return {"teacher": {"AP": [0.2, 0.4, 0.4, 0.1][len(seen) - 1]}, "student": {"AP": 0.0}}
+
+    run_training(trainer, itertools.repeat(Batch(noise_views())), {}, tmp_path, None, validate)
+    assert trainer.progress.best["step"] == 2
+    assert trainer.progress.best["teacher"]["w"].item() == seen[1]
+
+
+@pytest.mark.parametrize(("patience", "stops_at"), [(1, 6), (2, 8), (0, 10)])
+def test_early_stop(tmp_path, capsys, patience, stops_at):
+    chosen = ["training.evaluate_every=2", f"training.patience={patience}"]
+    facts, _ = run(tmp_path, Fake(), *chosen, validate=validator([0.1, 0.3, 0.3, 0.2, 0.1]))
+    assert facts["steps"] == stops_at
+    assert facts["best_step"] == 4
+    assert ("stopped early" in capsys.readouterr().err) == (patience > 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, error):
+    fake = Fake()
+    monkeypatch.setattr(fake, "losses", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=r"step 0: .*lower .*data.short_side"):
+        run(tmp_path, fake)
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr(fake, "losses", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tmp_path, fake)
+
+
+def test_fp16_scales_the_loss(tmp_path):
+    """The scaler is in the state, and a step with it lands where one without it lands."""
+    plain, scaled = Fake(), Fake()
+    scaled.student.precision = torch.float16
+    for name, fake in (("plain", plain), ("scaled", scaled)):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, fake)
+    assert scaled.student.w.item() == pytest.approx(plain.student.w.item(), rel=1e-6)
+    trainer = Trainer(scaled.student, scaled.teacher, scaled, load_settings(), torch.device("cpu"))
+    assert trainer.state()["scaler"]["scale"] > 1
 
 
 @pytest.mark.parametrize(("bad", "survives"), [(["x: broken"], True), (["x: broken", "y: broken"], False)])

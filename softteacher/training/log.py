@@ -1,0 +1,65 @@
+"""What training says of itself: lines of JSON, and the same for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from softteacher import distributed
+
+
+class TrainingLog:
+    """`training.jsonl` and TensorBoard events.
+
+    Args:
+        folder: gets both; none: nothing is written.
+        lines: those that a resumed run has already; new ones are added to this list.
+    """
+
+    def __init__(self, folder: Path | None, lines: list[str]) -> None:
+        self.lines, self.board, self.file = lines, None, None
+        if folder:
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.board, self.file = SummaryWriter(folder), (folder / "training.jsonl").open("w")
+            for line in self.lines:
+                self._show(line)
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board and self.file:
+            self.board.close()
+            self.file.close()
+
+    def write(self, numbers: dict[str, float]) -> None:
+        """Add a line; `step` is one of the numbers."""
+        self.lines.append(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in numbers.items()}))
+        self._show(self.lines[-1])
+
+    def _show(self, line: str) -> None:
+        if self.board and self.file:
+            self.file.write(line + "\n")
+            self.file.flush()
+            numbers = json.loads(line)
+            step = numbers.pop("step")
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+
+
+def window_means(window: dict[str, list[Tensor | float]], device: torch.device) -> dict[str, float]:
+    """The mean of each number's finite values, over the steps of a window and all processes."""
+    means = []
+    for values in window.values():
+        known = [v for v in values if not isinstance(v, Tensor)]
+        fresh = [v for v in values if isinstance(v, Tensor)]  # on a GPU: fetched in one go
+        known += torch.stack(fresh).tolist() if fresh else []
+        finite = [v for v in known if math.isfinite(v)]
+        means.append(sum(finite) / len(finite) if finite else 0.0)
+    return dict(zip(window, distributed.mean(means, device), strict=True))

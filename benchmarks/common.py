@@ -26,6 +26,12 @@ def write_result(script: str, figures: dict[str, Any]) -> None:
     print(json.dumps(result))
 
 
+def peak_gb() -> float:
+    """Most resident memory that this process ever had, in GiB (`ru_maxrss` would count that of its parent)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and the versions that decide a figure."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from softteacher.errors import UserError
-
-_local = threading.local()
+from softteacher import s3
+from softteacher.errors import Conflict as Conflict
+from softteacher.errors import MissingFile, UserError
 
 
 class FileInfo(NamedTuple):
@@ -47,9 +47,18 @@ def read_bytes(uri: str | Path) -> bytes:
     """
     with _explained(uri):
         if is_s3(uri):
-            bucket, key = _split(uri)
-            return bytes(_s3().get_object(Bucket=bucket, Key=key)["Body"].read())
+            return s3.get(uri)[0] or b""
         return Path(uri).read_bytes()
+
+
+def read_unless(uri: str | Path, etag: str) -> tuple[bytes | None, str]:
+    """The content of an S3 object and its etag; none for the content where it still has the given etag.
+
+    Raises:
+        MissingFile: there is none.
+        UserError: it can't be read.
+    """
+    return s3.get(uri, unless=etag)
 
 
 def write_bytes(uri: str | Path, data: bytes | memoryview, *, if_match: str | None = None) -> None:
@@ -66,18 +75,10 @@ def write_bytes(uri: str | Path, data: bytes | memoryview, *, if_match: str | No
     """
     with _explained(uri):
         if is_s3(uri):
-            bucket, key = _split(uri)
-            condition = {} if if_match is None else {"IfMatch": if_match} if if_match else {"IfNoneMatch": "*"}
-            _s3().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+            s3.put(uri, data, if_match)
             return
-        path = Path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with _whole(uri) as part:
             part.write_bytes(data)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def etag(uri: str | Path) -> str:
@@ -85,9 +86,7 @@ def etag(uri: str | Path) -> str:
     if not is_s3(uri):
         return ""
     try:
-        with _explained(uri):
-            bucket, key = _split(uri)
-            return str(_s3().head_object(Bucket=bucket, Key=key)["ETag"])
+        return s3.etag(uri)
     except MissingFile:
         return ""
 
@@ -97,11 +96,9 @@ def exists(uri: str | Path) -> bool:
     with _explained(uri):
         if not is_s3(uri):
             return Path(uri).exists()
-        bucket, key = _split(uri)
-        key = key.rstrip("/")
+        key = s3.split(uri)[1].rstrip("/")
         for prefix in (key, key + "/") if key else ("",):
-            page = _s3().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-            if any(o["Key"] == key or o["Key"].startswith(prefix and key + "/") for o in page.get("Contents", [])):
+            if any(k == key or k.startswith(prefix and key + "/") for k, _ in s3.objects(uri, prefix, limit=1)):
                 return True
         return False
 
@@ -113,13 +110,11 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
         UserError: the bucket or folder can't be read.
     """
     if is_s3(uri):
-        with _explained(uri):
-            bucket, key = _split(uri)
-            prefix = key.rstrip("/") + "/" if key.strip("/") else ""
-            for page in _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                for entry in page.get("Contents", []):
-                    if not entry["Key"].endswith("/"):
-                        yield FileInfo(entry["Key"][len(prefix) :], entry["Size"])
+        key = s3.split(uri)[1]
+        prefix = key.rstrip("/") + "/" if key.strip("/") else ""
+        for name, size in s3.objects(uri, prefix):
+            if not name.endswith("/"):
+                yield FileInfo(name[len(prefix) :], size)
         return
     root = Path(uri)
     if not root.exists():
@@ -157,10 +152,10 @@ def remove(uri: str | Path) -> None:
             else:
                 path.unlink(missing_ok=True)
             return
-        bucket, key = _split(uri)
-        names = [f"{key.rstrip('/')}/{f.name}".lstrip("/") for f in list_files(uri)]
-        for name in [key, *names] if key else names:
-            _s3().delete_object(Bucket=bucket, Key=name)
+        for name in [f.name for f in list_files(uri)]:
+            s3.delete(join(uri, name))
+        if s3.split(uri)[1]:
+            s3.delete(uri)
 
 
 @contextmanager
@@ -226,73 +221,39 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-class MissingFile(UserError):
-    """There is no file, folder, object or bucket at the path."""
-
-
-class Conflict(UserError):
-    """A conditional write found that somebody else had written."""
-
-
 def _copy_file(source: str | Path, target: str | Path) -> None:
     with _explained(target if is_s3(target) else source):
         if is_s3(source) and is_s3(target):
-            (bucket, key), (to_bucket, to_key) = _split(source), _split(target)
-            _s3().copy({"Bucket": bucket, "Key": key}, to_bucket, to_key)
-        elif is_s3(source):
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            _s3().download_file(*_split(source), str(target))
+            s3.copy(source, target)
         elif is_s3(target):
-            with Path(source).open("rb") as file:  # upload_file would wrap what S3 says
-                _s3().upload_fileobj(file, *_split(target))
+            s3.upload(Path(source), target)
         else:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            with _whole(target) as part:
+                if is_s3(source):
+                    s3.download(source, part)
+                else:
+                    shutil.copyfile(source, part)
 
 
-def _split(uri: str | Path) -> tuple[str, str]:
-    bucket, _, key = str(uri)[len("s3://") :].partition("/")
-    if not bucket:
-        raise UserError(f"{uri}: no bucket in the S3 URI; write s3://bucket/key")
-    return bucket, key
-
-
-def _s3() -> Any:
-    """A client per thread, process (boto3 clients don't survive a fork) and setting of the AWS variables."""
-    key = (os.getpid(), *sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
-    if getattr(_local, "key", None) != key:
-        import boto3
-        from botocore.config import Config
-
-        # checksums only where asked for: stores behind old gateways refuse the newer default
-        config = Config(
-            retries={"mode": "standard", "max_attempts": 5},
-            connect_timeout=5,
-            read_timeout=60,
-            signature_version="s3v4",
-            s3={"addressing_style": "path"} if _endpoint() else None,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-        try:
-            _local.client = boto3.Session().client("s3", config=config, region_name=region)
-        except ValueError as e:
-            raise UserError(f"AWS_ENDPOINT_URL_S3={_endpoint()}: {e}; write http://host:port") from None
-        _local.key = key
-    return _local.client
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+@contextmanager
+def _whole(target: str | Path) -> Iterator[Path]:
+    """A path to write to; what is there becomes `target` when the block succeeds, and vanishes when it fails."""
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        yield path  # a device or a pipe must not be replaced by a file
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
 def _explained(uri: str | Path) -> Iterator[None]:
-    """Turn the errors of the operating system and of S3 into one line that says what to do."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, NoCredentialsError
-
+    """Turn the errors of the operating system into one line that says what to do."""
     try:
         yield
     except FileNotFoundError as e:
@@ -303,23 +264,6 @@ def _explained(uri: str | Path) -> Iterator[None]:
         raise MissingFile(f"{e.filename or uri}: {(e.strerror or '').lower()}; check the path") from e
     except FileExistsError as e:
         raise UserError(f"{e.filename or uri}: is a file where a folder is needed; choose another place") from e
-    except NoCredentialsError as e:
-        raise UserError(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from e
-    except (ConnectionError, HTTPClientError) as e:
-        where = _endpoint() or "AWS"
-        raise UserError(f"{uri}: S3 at {where} can't be reached; check AWS_ENDPOINT_URL_S3 and the network") from e
-    except ClientError as e:
-        code = str(e.response.get("Error", {}).get("Code", "?"))
-        if code in {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}:
-            what = "no such bucket" if code == "NoSuchBucket" else "no such object"
-            raise MissingFile(f"{uri}: {what}; check the URI") from e
-        if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden"}:
-            raise UserError(f"{uri}: S3 refused access ({code}); check the credentials and the bucket's policy") from e
-        if code in {"412", "PreconditionFailed", "ConditionalRequestConflict"}:
-            raise Conflict(f"{uri}: somebody else wrote it meanwhile; look at it and try again") from e
-        raise UserError(f"{uri}: S3 answered {code}; try again or ask who runs the store") from e
-    except (BotoCoreError, Boto3Error) as e:
-        raise UserError(f"{uri}: S3 failed ({' '.join(str(e).split())}); check the AWS settings") from e
     except OSError as e:
         if e.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise UserError(f"{e.filename or uri}: the disk is full; free some space or choose another place") from e

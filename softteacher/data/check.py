@@ -1,55 +1,63 @@
-"""Look at every image once before it is used: broken ones are named and left out, odd ones counted."""
+"""Look at images before they are used: broken ones are named and left out, odd ones counted."""
 
 from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Collection
+import random
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 from PIL import Image
 
 from softteacher import storage
 from softteacher.console import say, track
-from softteacher.data.coco import CocoDataset, ImageRecord
-from softteacher.data.images import ROTATED, BadImage, decode
+from softteacher.data.coco import CocoDataset
+from softteacher.data.images import ROTATED, BadImage, decode, original_size
+from softteacher.data.records import ImageRecord
 from softteacher.errors import UserError
+
+MOST = 20_000  # images that are looked at: of a larger data set a sample, for training itself survives broken images
 
 
 def check_images(dataset: CocoDataset, max_bad: float, title: str = "check images") -> CocoDataset:
-    """Read and decode every image of a data set.
+    """Read and decode every image of a data set, or of one larger than `MOST` a random sample (always the same).
 
     Args:
         dataset: what to check; images of unknown size are fine.
-        max_bad: share of broken images that is survived (one always is).
+        max_bad: share of broken images, of those looked at, that is survived (one always is).
         title: stands before the progress bar.
 
     Returns:
-        The data set without the broken images, with the size of every image.
+        The data set without the broken images, with the size of every image that was looked at.
 
     Raises:
         UserError: more images are broken than `max_bad` allows, or a `file_name` leaves the root.
     """
 
     def look(index: int) -> tuple[ImageRecord, list[str]]:
-        image, odd = read_image(dataset, index)
-        return replace(dataset.images[index], width=image.width, height=image.height), odd
+        image, odd = read_image(dataset, index, short_side=1)  # read whole, but not blown up to all its pixels
+        width, height = original_size(image)
+        return replace(dataset.images[index], width=width, height=height), odd
 
+    chosen: Sequence[int] = range(len(dataset))
+    if len(dataset) > MOST:
+        chosen = sorted(random.Random(0).sample(chosen, MOST))
+        say(f"{dataset.source}: {MOST} of its {len(dataset)} images are looked at now, drawn at random")
     counts: collections.Counter[str] = collections.Counter()
-    broken: list[str] = []
-    good: list[int] = []
+    broken: dict[int, str] = {}
     records = list(dataset.images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(look, i) for i in range(len(dataset))]
+        futures = [pool.submit(look, i) for i in chosen]
         try:
-            for index, future in track(enumerate(futures), title, len(futures)):
+            for index, future in track(zip(chosen, futures, strict=True), title, len(futures)):
                 try:
                     records[index], odd = future.result()
                     counts.update(odd)
-                    good.append(index)
                 except (BadImage, storage.MissingFile) as e:
-                    broken.append(str(e))
+                    broken[index] = str(e)
         finally:
             pool.shutdown(cancel_futures=True)  # a store that can't be reached is not asked for every other image
     if rotated := counts.pop(ROTATED, 0):
@@ -57,30 +65,41 @@ def check_images(dataset: CocoDataset, max_bad: float, title: str = "check image
     if counts:
         listed = ", ".join(f"{n} {mode}" for mode, n in sorted(counts.items()))
         say(f"{dataset.source}: {counts.total()} images are converted to 8-bit RGB ({listed})")
-    report_broken(dataset, broken, max_bad)
-    return replace(dataset, images=records).select(good)
+    report_broken(dataset, broken.values(), max_bad, looked_at=len(chosen))
+    checked = replace(dataset, images=records)
+    return checked.select(np.delete(np.arange(len(dataset)), list(broken))) if broken else checked
 
 
 def read_image(
-    dataset: CocoDataset, index: int, read: Callable[[str], bytes] = storage.read_bytes
+    dataset: CocoDataset,
+    index: int,
+    read: Callable[[str], bytes] = storage.read_bytes,
+    short_side: int | None = None,
 ) -> tuple[Image.Image, list[str]]:
-    """Decode one image (RGB, and what was odd; see `decode`) and compare its size with the json's.
+    """Decode one image (RGB, and what was odd; `short_side` as for `decode`) and compare its size with the json's.
 
     Raises:
         BadImage: broken, or of another size.
         MissingFile: not there.
     """
     record, uri = dataset.images[index], dataset.uri(index)
-    image, odd = decode(read(uri), uri)
-    if record.width and image.size != (record.width, record.height):
+    image, odd = decode(read(uri), uri, short_side)
+    width, height = original_size(image)
+    if record.width and (width, height) != (record.width, record.height):
         raise BadImage(
-            f"{uri}: is {image.width} x {image.height}, but image {record.id} of {dataset.source} says "
+            f"{uri}: is {width} x {height}, but image {record.id} of {dataset.source} says "
             f"{record.width} x {record.height}; the boxes would be wrong"
         )
     return image, odd
 
 
-def report_broken(dataset: CocoDataset, broken: Collection[str], max_bad: float, known: Collection[str] = ()) -> None:
+def report_broken(
+    dataset: CocoDataset,
+    broken: Collection[str],
+    max_bad: float,
+    known: Collection[str] = (),
+    looked_at: int | None = None,
+) -> None:
     """Name the broken images of a data set.
 
     Args:
@@ -88,14 +107,16 @@ def report_broken(dataset: CocoDataset, broken: Collection[str], max_bad: float,
         broken: what is wrong with each.
         max_bad: share of the data set that is survived.
         known: those of `broken` that were named before.
+        looked_at: number of its images that `broken` is of; by default all.
 
     Raises:
         UserError: they are more than the share `max_bad` of it, and more than one.
     """
     if not broken:
         return
-    allowed = min(max(1, int(max_bad * len(dataset))), len(dataset) - 1)
-    count = f"{len(broken)} of {len(dataset)} images are missing or broken"
+    total = len(dataset) if looked_at is None else looked_at
+    allowed = min(max(1, int(max_bad * total)), total - 1)
+    count = f"{len(broken)} of {total} images are missing or broken"
     if len(broken) > allowed:
         raise UserError(
             f"{dataset.source}: {count}, {allowed} allowed; first: {min(broken)} "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from softteacher import storage
 from softteacher.errors import UserError
@@ -26,7 +27,7 @@ class BadImage(UserError):
     """A file that is no whole image: truncated, empty, something else, or absurdly large."""
 
 
-def decode(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
+def decode(data: bytes, name: str, short_side: int | None = None) -> tuple[Image.Image, list[str]]:
     """Decode an image file.
 
     EXIF rotation is ignored, as COCO tools do: boxes belong to the raw pixels.
@@ -34,6 +35,8 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
     Args:
         data: the file's bytes.
         name: what the error calls it.
+        short_side: a JPEG may be decoded to 1/2, 1/4 or 1/8 of its size as long as its short side keeps so many pixels
+            (several times faster for photographs of many megapixels); `original_size` tells its own size.
 
     Returns:
         The image as 8-bit RGB, and what was odd about it: the mode that it was stored in (`L`, `CMYK`, `P`, `RGBA`,
@@ -46,6 +49,10 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
         image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{name}: {image.width} x {image.height} pixels is absurdly large; scale it down")
+        size = image.size
+        if short_side and (scale := _jpeg_scale(size, short_side)) > 1 and isinstance(image, JpegImageFile):
+            image.draft(None, (size[0] // scale, size[1] // scale))
+            image.info["original_size"] = size
         image.load()
         mode = image.mode
         if mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it to white
@@ -60,6 +67,16 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
     except Exception as e:  # Pillow's plugins raise nearly anything on garbage
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise BadImage(f"{name}: broken image ({why}); replace or remove it") from None
+
+
+def original_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the file of a decoded image, in pixels."""
+    return image.info.get("original_size", image.size)
+
+
+def _jpeg_scale(size: tuple[int, int], short_side: int) -> int:
+    # only by what divides both sides: a partial pixel at the edge would shift the boxes
+    return next((n for n in (8, 4, 2) if size[0] % n == size[1] % n == 0 and min(size) >= n * short_side), 1)
 
 
 def _rotated(image: Image.Image) -> bool:

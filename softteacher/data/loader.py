@@ -179,9 +179,12 @@ def pad(images: list[np.ndarray]) -> torch.Tensor:
     """Stack images [h, w, 3] uint8 at the top left of a grey batch [B, 3, H, W] whose sides divide by 32."""
     height, width = (max(-(-i.shape[axis] // STRIDE) * STRIDE for i in images) for axis in (0, 1))
     batch = np.empty((len(images), height, width, 3), np.uint8)
-    batch[:] = PAD
+    grey = np.tile(np.array(PAD, np.uint8), (width, 1))  # numpy fills by rows many times faster than by pixels
     for row, image in zip(batch, images, strict=True):
-        row[: image.shape[0], : image.shape[1]] = image
+        h, w = image.shape[:2]
+        row[:h, :w] = image
+        row[:h, w:] = grey[w:]
+        row[h:] = grey
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 

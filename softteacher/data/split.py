@@ -14,8 +14,9 @@ from softteacher import storage
 from softteacher.config import DataSettings
 from softteacher.console import say
 from softteacher.data.check import check_images
-from softteacher.data.coco import Annotations, CocoDataset, ImageRecord, load_coco, require_same_classes
+from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.images import SUFFIXES
+from softteacher.data.records import Annotations, ImageRecord, without_gc
 from softteacher.errors import UserError
 
 
@@ -152,6 +153,7 @@ def find_annotations(data: str) -> tuple[str, str | None]:
     return storage.join(folder, train[0]), storage.join(folder, val[0]) if val else None
 
 
+@without_gc()
 def images_only(folder: str) -> CocoDataset:
     """A folder or prefix of images as a data set without classes and boxes; ids count from 1 by sorted name.
 
@@ -168,9 +170,12 @@ def images_only(folder: str) -> CocoDataset:
     return CocoDataset(records, [], annotations, root, folder)
 
 
+@without_gc()
 def merge_images(dataset: CocoDataset, more: CocoDataset, first: int) -> CocoDataset:
     """A data set with the images (not the boxes) of another one added under new ids from `first`."""
-    added = [replace(i, id=first + n, root=i.root or more.root) for n, i in enumerate(more.images)]
+    added = [
+        ImageRecord(first + n, i.file_name, i.width, i.height, i.root or more.root) for n, i in enumerate(more.images)
+    ]
     return replace(dataset, images=dataset.images + added)
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from softteacher.config import DataSettings
-from softteacher.data.images import PAD, inference_size, resize
+from softteacher.data.images import PAD, inference_size, original_size, resize
 
 Rng = np.random.Generator
 
@@ -32,6 +32,11 @@ class View:
     matrix: np.ndarray
 
 
+def largest_short_side(settings: DataSettings) -> int:
+    """The short side of the largest view, in pixels: an image needs no more of them."""
+    return round(settings.short_side * settings.scale_jitter[1])
+
+
 def labeled_view(image: Image.Image, rng: Rng, settings: DataSettings) -> View:
     """Resize, flip and one colour operation: what labelled images go through."""
     view = weak_view(image, rng, settings)
@@ -42,8 +47,9 @@ def weak_view(image: Image.Image, rng: Rng, settings: DataSettings) -> View:
     """Resize and flip: what the teacher sees."""
     low, high = (round(settings.short_side * share) for share in settings.scale_jitter)
     short = int(rng.integers(low, high + 1))
-    width, height = inference_size(*image.size, short, max(short, settings.max_long_side))
-    matrix = np.diag([width / image.width, height / image.height, 1.0])
+    original = original_size(image)
+    width, height = inference_size(*original, short, max(short, settings.max_long_side))
+    matrix = np.diag([width / original[0], height / original[1], 1.0])
     image = resize(image, width, height)
     if rng.random() < settings.horizontal_flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -81,7 +87,7 @@ def color(image: Image.Image, rng: Rng) -> Image.Image:
 
 
 def geometry_matrix(size: tuple[int, int], rng: Rng, settings: DataSettings) -> np.ndarray:
-    """The matrix of one of the four geometry operations, about the image centre.
+    """The matrix of one of the four geometry operations, about the image centre; translations by whole pixels.
 
     Args:
         size: (width, height) in pixels.
@@ -93,9 +99,9 @@ def geometry_matrix(size: tuple[int, int], rng: Rng, settings: DataSettings) -> 
     angle = math.radians(rng.uniform(-settings.max_rotation, settings.max_rotation))
     match rng.integers(4):
         case 0:
-            matrix[0, 2] = rng.uniform(-settings.max_translation, settings.max_translation) * width
+            matrix[0, 2] = round(rng.uniform(-settings.max_translation, settings.max_translation) * width)
         case 1:
-            matrix[1, 2] = rng.uniform(-settings.max_translation, settings.max_translation) * height
+            matrix[1, 2] = round(rng.uniform(-settings.max_translation, settings.max_translation) * height)
         case 2:
             cos, sin = math.cos(angle), math.sin(angle)
             matrix[:2, :2] = [[cos, -sin], [sin, cos]]
@@ -108,10 +114,15 @@ def geometry_matrix(size: tuple[int, int], rng: Rng, settings: DataSettings) -> 
 
 def warp(view: View, matrix: np.ndarray) -> View:
     """Apply an affine matrix (view -> new view) to a view; what comes from outside is grey."""
-    inverse = np.linalg.inv(matrix)
-    image = view.image.transform(
-        view.image.size, Image.Transform.AFFINE, inverse[:2].ravel().tolist(), Image.Resampling.BILINEAR, fillcolor=PAD
-    )
+    shift = matrix[:2, 2].round().astype(int)
+    if np.allclose(matrix[:2], np.c_[np.eye(2), shift], rtol=0, atol=1e-9):  # whole pixels: many times faster
+        image = Image.new("RGB", view.image.size, PAD)
+        image.paste(view.image, tuple(shift.tolist()))
+    else:
+        coefficients = np.linalg.inv(matrix)[:2].ravel().tolist()
+        image = view.image.transform(
+            view.image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=PAD
+        )
     return View(image, matrix @ view.matrix)
 
 

@@ -58,8 +58,10 @@ def sample(matched: Tensor, count: int, positive_share: float, noise: torch.Gene
         Indices of the positives and of the negatives.
     """
     positives, negatives = torch.nonzero(matched >= 0).flatten(), torch.nonzero(matched == -1).flatten()
-    positives = _draw(positives, int(count * positive_share), noise)
-    return positives, _draw(negatives, count - len(positives), noise)
+    # a key for each candidate, not a permutation: where rounding changes one match the others are drawn as before
+    keys = torch.rand(len(matched), generator=noise, device=matched.device)
+    positives = _draw(positives, int(count * positive_share), keys)
+    return positives, _draw(negatives, count - len(positives), keys)
 
 
 class RPNTargets(NamedTuple):
@@ -189,7 +191,5 @@ def regression_loss(deltas: Tensor, rois: RoIs) -> Tensor:
     return (deltas[positive, rois.labels[positive]] - targets).abs().sum() / rois.sampled
 
 
-def _draw(index: Tensor, count: int, noise: torch.Generator) -> Tensor:
-    if len(index) <= count:
-        return index
-    return index[torch.randperm(len(index), generator=noise, device=index.device)[:count]]
+def _draw(index: Tensor, count: int, keys: Tensor) -> Tensor:
+    return index[keys[index].topk(count).indices] if len(index) > count else index

@@ -9,6 +9,7 @@ On GPUs, and in the exported graph, it is torchvision's operator.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ class _RoIPool(torch.autograd.Function):
 def _by_channels(kernel: Callable[..., None], *arguments: Any) -> None:
     """Run a kernel on shares of the channels, one a thread."""
     bounds = np.linspace(0, arguments[-1].shape[-1], torch.get_num_threads() + 1).astype(int).tolist()
-    shares = list(zip(bounds[:-1], bounds[1:], strict=True))
+    shares = list(itertools.pairwise(bounds))
     running = [_threads().submit(kernel, *arguments, *share) for share in shares[1:]]
     kernel(*arguments, *shares[0])
     for future in running:

@@ -14,6 +14,7 @@ from softteacher.detections import Detections
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+@without_gc()
 def coco_results(dataset: CocoDataset, found: dict[int, Detections]) -> list[dict[str, Any]]:
     """Detections (numpy, original pixels, by image id) in COCO results format; boxes to .01 pixel, scores to 1e-5."""
     return [

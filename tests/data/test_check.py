@@ -76,6 +76,28 @@ def test_the_share_that_is_survived(folder, capsys, broken, allowed, survives):
             check_images(dataset(folder), allowed)
 
 
+def test_of_a_large_set_a_sample_is_looked_at(folder, capsys, monkeypatch):
+    monkeypatch.setattr("softteacher.data.check.MOST", 4)
+    plain = images_only(str(folder / "images"))  # 12 of unknown size
+    found = check_images(plain, 0)
+    looked_at = [n for n, i in enumerate(found.images) if i.width]
+    assert len(found) == 12
+    assert len(looked_at) == 4
+    assert "4 of its 12 images are looked at now" in capsys.readouterr().err
+    assert [n for n, i in enumerate(check_images(plain, 0).images) if i.width] == looked_at
+    paths = [folder / "images" / i.file_name for i in plain.images]
+    for n in set(range(12)) - set(looked_at):
+        paths[n].write_bytes(b"x")
+    assert len(check_images(plain, 0)) == 12  # nobody looked
+    for n in looked_at[:2]:
+        paths[n].write_bytes(b"x")
+    left = check_images(plain, 0.5)
+    assert [i.id for i in left.images] == [i.id for n, i in enumerate(plain.images) if n not in looked_at[:2]]
+    assert "2 of 4 images are missing or broken and left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="2 of 4 images are missing or broken, 1 allowed"):
+        check_images(plain, 0.49)
+
+
 def test_odd_images_are_counted(folder, capsys):
     exif = Image.Exif()
     exif[0x112] = 6
@@ -89,6 +111,8 @@ def test_odd_images_are_counted(folder, capsys):
 
 
 def test_sizes_are_filled_in(folder):
+    for n, path in enumerate(sorted((folder / "images").iterdir())):
+        Image.new("RGB", (32, 24)).save(path, "JPEG" if n % 2 else "PNG")
     found = check_images(images_only(str(folder / "images")), 0)
     assert {(i.width, i.height) for i in found.images} == {(32, 24)}
 
@@ -104,7 +128,7 @@ def test_a_store_that_is_gone_is_asked_for_few_images(tmp_path, monkeypatch):
     tree = coco_tree(200) | {"softteacher": {"root": "s3://bucket/images"}}
     asked = []
 
-    def unreachable(dataset, index):
+    def unreachable(dataset, index, **_):
         asked.append(index)
         time.sleep(0.01)
         raise UserError("S3 can't be reached")

@@ -195,6 +195,24 @@ def test_save_and_load(tmp_path):
     assert Path(again.uri(0)).is_file()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_the_fast_parser_does_not_take(tmp_path, encoding):
+    tree = coco_tree(classes=("ä 方", "dog")) | {"softteacher": {"root": "/nowhere"}, "info": [math.nan, math.inf]}
+    tree["images"][0]["file_name"] = "\udcff.png"  # bytes that are no UTF-8, as os.listdir gives them
+    path = tmp_path / "a.json"
+    path.write_bytes(json.dumps(tree, ensure_ascii=True).encode(encoding))
+    first = load_coco(path)
+    first.save(tmp_path / "b.json")
+    again = load_coco(tmp_path / "b.json")
+    assert again.images[0].file_name == "\udcff.png"
+    assert again.to_json() == first.to_json()
+
+
+def test_the_fingerprint_of_a_release_to_the_next(tmp_path):
+    path = write_json(tmp_path / "a.json", coco_tree(classes=("ä 方", "dog")) | {"softteacher": {"root": "/nowhere"}})
+    assert load_coco(path).fingerprint().startswith("d0eb38ef35d7")
+
+
 def test_fingerprint_is_of_the_content(tmp_path):
     tree = coco_tree()
     shuffled = {key: list(reversed(tree[key])) for key in ("categories", "annotations", "images")}

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softteacher.data.images import PAD, ROTATED, BadImage, decode, inference_size, letterbox, load_image, resize
+from softteacher.data.images import (
+    PAD,
+    ROTATED,
+    BadImage,
+    decode,
+    inference_size,
+    letterbox,
+    load_image,
+    original_size,
+    resize,
+)
 from softteacher.errors import UserError
 
 inference_size.__test__ = False  # a function of the library that pytest would take for a test
@@ -104,6 +114,40 @@ def test_broken(data, message):
         decode(data, "folder/x.png")
     assert str(e.value).startswith("folder/x.png: ")
     assert len(str(e.value).splitlines()) == 1
+
+
+def photograph(width, height, mode="RGB", **options):
+    """A smooth JPEG."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return encoded(picture.convert(mode), "JPEG", quality=95, **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "expected"),
+    [
+        ((640, 480), 60, (80, 60)),
+        ((640, 480), 61, (160, 120)),
+        ((480, 640), 240, (240, 320)),
+        ((640, 480), 241, (640, 480)),
+        ((644, 480), 60, (161, 120)),  # 8 does not divide it
+        ((641, 480), 60, (641, 480)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_smaller(size, short_side, expected, mode):
+    data = photograph(*size, mode, progressive=mode == "RGB")
+    whole, small = decode(data, "x")[0], decode(data, "x", short_side)[0]
+    assert (whole.size, original_size(whole)) == (size, size)
+    assert (small.mode, small.size, original_size(small)) == ("RGB", expected, size)
+    difference = np.asarray(small, int) - np.asarray(whole.resize(expected, Image.Resampling.BOX), int)
+    assert np.abs(difference).max() <= 4
+
+
+def test_decoding_smaller_hides_no_damage_and_leaves_other_kinds_alone():
+    with pytest.raises(BadImage, match="broken image"):
+        decode(photograph(640, 480)[:-500], "x", 60)
+    assert decode(encoded(NOISE), "x", 8)[0].size == NOISE.size
 
 
 def test_load_image(tmp_path):

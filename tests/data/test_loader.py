@@ -85,7 +85,7 @@ def test_an_epoch_shows_every_image_once(tmp_path, monkeypatch):
     import softteacher.data.loader as module
 
     read = module.read_image
-    monkeypatch.setattr(module, "read_image", lambda d, i, r: seen.append(i) or read(d, i, r))
+    monkeypatch.setattr(module, "read_image", lambda d, i, *r: seen.append(i) or read(d, i, *r))
     load(folder, overrides=["training.iterations=8"], unlabeled=False)
     assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
     assert seen[:8] != seen[8:]

@@ -1,5 +1,6 @@
 """A marker that is drawn into an image is found in each view where the view's matrix says."""
 
+import io
 import itertools
 
 import numpy as np
@@ -8,13 +9,14 @@ import torch
 from PIL import Image
 
 from softteacher.config import load_settings
-from softteacher.data.images import PAD
+from softteacher.data.images import PAD, decode
 from softteacher.data.views import (
     View,
     color,
     erase,
     geometry_matrix,
     labeled_view,
+    largest_short_side,
     project_boxes,
     strong_view,
     warp,
@@ -55,6 +57,30 @@ def check(view, tolerance):
 
 def settings(*overrides):
     return load_settings(None, [*STILL, *overrides]).data
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (7, 0), (-13, 0), (0, 9), (0, -150), (200, 0)])
+def test_a_shift_by_whole_pixels_equals_the_general_warp(shift):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8))
+    matrix = np.array([[1, 0, shift[0]], [0, 1, shift[1]], [0, 0, 1.0]])
+    nearly = matrix + np.array([[1e-6, 0, 0], [0, 0, 0], [0, 0, 0]])  # takes the general way
+    fast, general = (warp(View(image, np.eye(3)), m) for m in (matrix, nearly))
+    np.testing.assert_allclose(np.asarray(fast.image, int), np.asarray(general.image, int), atol=1)
+    np.testing.assert_array_equal(fast.matrix, matrix)
+
+
+def test_views_of_an_image_that_was_decoded_smaller():
+    data = settings("data.short_side=48", "data.scale_jitter=[0.5, 1.0]")
+    buffer = io.BytesIO()
+    marked((800, 400), (400, 80, 600, 240)).save(buffer, "JPEG", quality=95)
+    whole, small = (decode(buffer.getvalue(), "x", side)[0] for side in (None, largest_short_side(data)))
+    assert small.size == (100, 50)
+    for seed, make in itertools.product(range(5), (labeled_view, weak_view, strong_view)):
+        a, b = (make(image, np.random.default_rng(seed), data) for image in (whole, small))
+        np.testing.assert_array_equal(a.matrix, b.matrix)
+        assert a.image.size == b.image.size
+        # a rotated or shifted edge may lie a fraction of a pixel elsewhere
+        assert np.abs(np.asarray(a.image, float) - np.asarray(b.image, float)).mean() < 2
 
 
 @pytest.mark.parametrize("flip", [0, 1])

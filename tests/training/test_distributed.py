@@ -41,35 +41,33 @@ def per_process(labeled, unlabeled):
     return [f"training.labeled_per_batch={labeled}", f"training.unlabeled_per_batch={unlabeled}"]
 
 
-@pytest.fixture(scope="module")
-def one(manifests, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one") / "m"
-    launch(*sources(manifests), str(folder), load_settings("demo", [*CHOSEN, *per_process(2, 4)]))
-    return folder
+@pytest.mark.parametrize("name", ["supervised", "soft_teacher"])
+def test_two_processes_give_the_curve_of_one(manifests, tmp_path, name):
+    """Each term of the loss to 1e-3, and the weights; only the order of the sums differs.
 
-
-def test_two_processes_give_the_curve_of_one(manifests, tmp_path, one):
-    """Tolerance: 1e-3 of each loss term. The sums are the same, their order isn't."""
-    settings = load_settings("demo", [*CHOSEN, *per_process(1, 2)])
-    metrics = launch(*sources(manifests), str(tmp_path / "m"), settings, processes=2)
-    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    With pseudo boxes that holds for the first step. From then on rounding may turn a match of IoU (a fresh teacher's
+    boxes have many ties) into another one, and the curves stay together to 10 % of the loss.
+    """
+    chosen = [*CHOSEN, f"method.name={name}", "method.burn_in=0"]
+    one = load_settings("demo", [*chosen, *per_process(2, 4)])
+    two = load_settings("demo", [*chosen, *per_process(1, 2)])
+    launch(*sources(manifests), str(tmp_path / "one"), one)
+    metrics = launch(*sources(manifests), str(tmp_path / "two"), two, processes=2)
+    facts = json.loads((tmp_path / "two" / "provenance.json").read_text())
     assert facts["machine"]["processes"] == 2
-    for ours, theirs in zip(log(tmp_path / "m"), log(one), strict=True):
-        for key in set(theirs) - {"images_per_second", "evaluation_seconds", "teacher_AP", "student_AP"}:
-            loose = key == "reliability"  # a mean of the processes' means
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-2 if loose else 1e-3, abs=1e-5), (key, ours["step"])
-    assert metrics == json.loads((tmp_path / "m" / "metrics.json").read_text())
-    for name in ("student", "teacher"):
-        a, b = (torch.load(f / f"{name}.pt", weights_only=True) for f in (tmp_path / "m", one))
-        assert all(torch.allclose(v, b[k], rtol=1e-3, atol=1e-4) for k, v in a.items())
-    assert not (tmp_path / "m" / "checkpoints").exists()
-
-
-def test_accumulated_batches_see_the_same_images(manifests, tmp_path, one):
-    settings = load_settings("demo", [*CHOSEN, *per_process(1, 2), "training.accumulate=2"])
-    launch(*sources(manifests), str(tmp_path / "m"), settings)
-    # the first step's loss is a mean of two batches' means here, so it is near and not equal
-    assert log(tmp_path / "m")[0]["loss"] == pytest.approx(log(one)[0]["loss"], rel=0.2)
+    assert metrics == json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert not (tmp_path / "two" / "checkpoints").exists()
+    strict = 1 if name == "soft_teacher" else 8
+    rows = [[r for r in log(tmp_path / n) if "loss" in r] for n in ("one", "two")]
+    assert [r["step"] for r in rows[0]] == list(range(1, 9))
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+        for key in set(theirs) - {"images_per_second", "reliability"}:  # the latter is a mean of the processes' means
+            assert ours["step"] > strict or ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
+    if name == "supervised":
+        for file in ("student.pt", "teacher.pt"):
+            a, b = (torch.load(tmp_path / n / file, weights_only=True) for n in ("one", "two"))
+            assert all(torch.allclose(v, b[k], rtol=1e-3, atol=1e-5) for k, v in a.items())
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

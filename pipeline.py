@@ -28,8 +28,10 @@ from components.gate import gate
 from components.local import run_local
 from components.split import split
 from components.train import train
+from components.train_nodes import train_nodes
 from softteacher.config import load_settings
 from softteacher.errors import UserError
+from softteacher.storage import is_s3
 
 
 def build_training_pipeline(options: ClusterOptions | None = None) -> GraphComponent:
@@ -39,10 +41,25 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
         options: Of the cluster; none for a run on this machine, where there are no pods to configure.
     """
 
-    def placed(task: dsl.PipelineTask, *, heavy: bool = False, gpu: bool = False) -> dsl.PipelineTask:
+    def placed(
+        task: dsl.PipelineTask, *, heavy: bool = False, gpus: int | None = None, launches: bool = False
+    ) -> dsl.PipelineTask:
         # the data folder may hold something else than at the last run with equal parameters: nothing is cached
         task.set_caching_options(False)
-        return place(task, options, heavy=heavy, gpu=gpu) if options else task
+        return place(task, options, heavy=heavy, gpus=gpus, launches=launches) if options else task
+
+    gpus, nodes = (options.gpus, options.nodes) if options else (0, 1)
+
+    def training(name: str, **arguments: Any) -> dsl.PipelineTask:
+        """The task that trains, in its pod or on many nodes."""
+        arguments |= {"name": name, "processes": max(gpus, 1), "checkpoints": (options and options.checkpoints) or ""}
+        arguments["run"] = dsl.PIPELINE_JOB_ID_PLACEHOLDER  # by itself: KFP replaces it nowhere within a longer text
+        if nodes > 1:
+            on_nodes = {"nodes": nodes, "image": options.train_image, "shm": options.shm}
+            task = train_nodes(**arguments, **on_nodes)
+        else:
+            task = train(**arguments)
+        return placed(task, heavy=True, gpus=gpus, launches=nodes > 1).set_display_name(name)
 
     @dsl.pipeline(
         name="training-pipeline", description="Semi-supervised object detection: a COCO data set to a served detector"
@@ -95,9 +112,8 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
                 unlabeled=unlabeled,
             )
         ).output
-        trained = train(dataset=parts, method=method, preset=preset, overrides=overrides)
-        model = placed(trained, heavy=True, gpu=True).output
-        placed(evaluate(dataset=parts, model=model), heavy=True, gpu=True)
+        model = training("train", dataset=parts, method=method, preset=preset, overrides=overrides).output
+        placed(evaluate(dataset=parts, model=model), heavy=True, gpus=min(gpus, 1))
         onnx = placed(export(model=model), heavy=True).outputs["onnx"]
         decision = placed(gate(onnx=onnx, repository=repository, name=name, delta=gate_delta))
         with dsl.If(decision.outputs["Output"] == True, name="better than the champion"):  # noqa: E712 - KFP reads it
@@ -112,11 +128,10 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
                 )
             )
         with dsl.If(baseline == True, name="baseline"):  # noqa: E712
-            base = train(dataset=parts, method="supervised", preset=preset, overrides=overrides)
-            placed(base, heavy=True, gpu=True).set_display_name("train-baseline")
+            base = training("train-baseline", dataset=parts, method="supervised", preset=preset, overrides=overrides)
             if options is None:
                 base.after(decision)  # the local runner goes step by step: a broken run should end before this one
-            scored = placed(evaluate(dataset=parts, model=base.output), heavy=True, gpu=True)
+            scored = placed(evaluate(dataset=parts, model=base.output), heavy=True, gpus=min(gpus, 1))
             scored.set_display_name("evaluate-baseline")
 
     return training_pipeline
@@ -137,7 +152,15 @@ def compile_command(
     train_image: Annotated[str, typer.Option(help="image of train, evaluate, export")] = TRAIN_IMAGE,
     tools_image: Annotated[str, typer.Option(help="image of split, gate, deploy")] = TOOLS_IMAGE,
     gpu_type: Annotated[str, typer.Option(help="resource name of the accelerator")] = ClusterOptions.gpu_type,
-    gpus: Annotated[int, typer.Option(min=0, help="accelerators of train and evaluate; 0: none")] = ClusterOptions.gpus,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="accelerators of train on each node, one process each; 0: none")
+    ] = ClusterOptions.gpus,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="nodes that train together; from 2 by Kubeflow Trainer")
+    ] = ClusterOptions.nodes,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="s3:// prefix for those of all runs; none: a retry of train begins anew")
+    ] = None,
     cpu: Annotated[str, typer.Option(help="processor limit on the train image")] = ClusterOptions.cpu,
     memory: Annotated[str, typer.Option(help="memory limit on the train image")] = ClusterOptions.memory,
     tools_memory: Annotated[str, typer.Option(help="memory limit on the tools image")] = ClusterOptions.tools_memory,
@@ -171,11 +194,17 @@ def compile_command(
             {"key": key, "effect": effect, "operator": "Equal" if equal else "Exists"}
             | ({"value": value} if equal else {})
         )
+    if nodes > 1 and not is_s3(checkpoints or ""):
+        raise UserError(
+            f"--nodes {nodes}: they share checkpoints and model through S3; add --checkpoints s3://bucket/prefix"
+        )
     options = ClusterOptions(
         train_image=train_image,
         tools_image=tools_image,
         gpu_type=gpu_type,
         gpus=gpus,
+        nodes=nodes,
+        checkpoints=checkpoints,
         cpu=cpu,
         memory=memory,
         tools_memory=tools_memory,

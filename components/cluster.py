@@ -15,7 +15,10 @@ class ClusterOptions:
         train_image: Image of train, evaluate and export.
         tools_image: Image of split, gate and deploy.
         gpu_type: Resource name of the accelerator of train and evaluate.
-        gpus: How many of them; 0 trains on the processor.
+        gpus: How many of them train on a node; 0 trains on the processor. evaluate takes one.
+        nodes: How many nodes train together; with more than one, the step submits a Kubeflow Trainer `TrainJob`.
+        checkpoints: s3:// prefix for the checkpoints of all runs; none: a training that is tried again begins anew.
+            Many nodes need one.
         cpu: Processor limit of the steps on the train image, such as 8 or 500m.
         memory: Memory limit of the steps on the train image.
         tools_memory: Memory limit of the steps on the tools image.
@@ -31,6 +34,8 @@ class ClusterOptions:
     tools_image: str = TOOLS_IMAGE
     gpu_type: str = "nvidia.com/gpu"
     gpus: int = 1
+    nodes: int = 1
+    checkpoints: str | None = None
     cpu: str = "8"
     memory: str = "32Gi"
     tools_memory: str = "8Gi"
@@ -42,17 +47,28 @@ class ClusterOptions:
     s3_endpoint: str | None = None
 
 
-def place(task: dsl.PipelineTask, options: ClusterOptions, *, heavy: bool, gpu: bool) -> dsl.PipelineTask:
-    """Give a task its image, resources, node, retries and S3 access."""
-    task.set_container_image(options.train_image if heavy else options.tools_image)
+def place(
+    task: dsl.PipelineTask, options: ClusterOptions, *, heavy: bool, gpus: int | None = None, launches: bool = False
+) -> dsl.PipelineTask:
+    """Give a task its image, resources, node, retries and S3 access.
+
+    Args:
+        task: The task.
+        options: Of the cluster.
+        heavy: Whether it needs what trains.
+        gpus: How many accelerators it takes; none: it may run on any node.
+        launches: Whether it hands its resources on to pods of its own.
+    """
+    task.set_container_image(options.train_image if heavy and not launches else options.tools_image)
     task.set_memory_limit(options.memory if heavy else options.tools_memory)
     if heavy:
         task.set_cpu_limit(options.cpu)
+    if heavy and not launches:
         # a pod's own /dev/shm is 64 MB, too small for the loader's workers
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=options.shm)
-    if gpu and options.gpus:
-        task.set_accelerator_type(options.gpu_type).set_accelerator_limit(options.gpus)
-    if gpu:
+    if gpus:
+        task.set_accelerator_type(options.gpu_type).set_accelerator_limit(gpus)
+    if gpus is not None:
         for label, value in options.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
         for toleration in options.tolerations:

@@ -1,4 +1,4 @@
-# The image of split, gate and deploy: the library without PyTorch.
+# The image of split, gate and deploy, and of train where it runs on many nodes: the library without PyTorch.
 #   docker build -f images/tools.Dockerfile -t softteacher/tools:VERSION .
 # BASE: any image with Python 3.11 or later and its venv module.
 ARG BASE=python:3.11-slim-bookworm
@@ -28,8 +28,10 @@ LABEL org.opencontainers.image.title="softteacher/tools" \
       org.opencontainers.image.revision="${REVISION}"
 RUN useradd --uid 10001 --user-group --create-home softteacher
 COPY --from=build /opt/venv /opt/venv
+# the step that trains on many nodes imports components.trainjob; the others bring all their source
+COPY components /opt/pipeline/components
 ENV SOFTTEACHER_GIT_SHA=${REVISION}
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/pipeline PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # a number, so that Kubernetes can see that it isn't root
 USER 10001:10001
 WORKDIR /home/softteacher

@@ -1,11 +1,9 @@
-"""The pipeline compiled, run on this machine (with doubles for the library's six functions), and submitted."""
+"""The pipeline compiled, and run on this machine with doubles for the library's six functions."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -89,10 +87,9 @@ def test_compiled_steps_have_nodes_shared_memory_and_secret(compiled):
 
 
 def test_compiled_steps_retry_with_backoff_and_are_not_cached(compiled):
-    dags = [compiled[0]["root"]["dag"], *(c["dag"] for c in compiled[0]["components"].values() if "dag" in c)]
-    tasks = [t for dag in dags for t in dag["tasks"].values() if "condition" not in t["componentRef"]["name"]]
-    assert len(tasks) == 8
-    for task in tasks:
+    steps = [t for t in tasks(compiled[0]).values() if "condition" not in t["componentRef"]["name"]]
+    assert len(steps) == 8
+    for task in steps:
         assert task["retryPolicy"]["maxRetryCount"] == 3
         assert task["retryPolicy"]["backoffDuration"] == "60s"
         assert "enableCache" not in task["cachingOptions"]
@@ -107,7 +104,74 @@ def test_compiled_pipeline_has_no_secret_value(tmp_path: Path, capsys, monkeypat
 
 def test_compile_without_accelerator(tmp_path: Path, capsys):
     run(capsys, "compile", "--out", tmp_path, "--gpus", 0)
-    assert "accelerator" not in (tmp_path / "training_pipeline.yaml").read_text()
+    assert "accelerator:" not in (tmp_path / "training_pipeline.yaml").read_text()
+
+
+def tasks(document: dict) -> dict[str, dict]:
+    """All tasks of the compiled pipeline by their shown name."""
+    dags = [document["root"]["dag"], *(c["dag"] for c in document["components"].values() if "dag" in c)]
+    return {task["taskInfo"]["name"]: task for dag in dags for task in dag["tasks"].values()}
+
+
+def constants(task: dict) -> dict[str, object]:
+    """A task's inputs that are fixed when the pipeline is compiled."""
+    return {
+        name: value["runtimeValue"]["constant"]
+        for name, value in task["inputs"]["parameters"].items()
+        if "runtimeValue" in value
+    }
+
+
+def test_compiled_training_has_a_process_an_accelerator_and_checkpoints_of_its_own(tmp_path: Path, capsys):
+    run(capsys, "compile", "--out", tmp_path, "--gpus", 4, "--checkpoints", "s3://b/checkpoints")
+    document, _ = yaml.safe_load_all((tmp_path / "training_pipeline.yaml").read_text())
+    for name in ("train", "train-baseline"):
+        given = constants(tasks(document)[name])
+        # KFP replaces the placeholder of the run's id only where it is the whole value
+        assert given["run"] == "{{$.pipeline_job_uuid}}"
+        assert (given["checkpoints"], given["name"], given["processes"]) == ("s3://b/checkpoints", name, 4)
+    executors = document["deploymentSpec"]["executors"]
+    counts = {
+        k: v["container"]["resources"]["accelerator"]["resourceCount"]
+        for k, v in executors.items()
+        if "-" in k and "accelerator" in v["container"].get("resources", {})
+    }
+    assert counts == {"exec-train": "4", "exec-train-2": "4", "exec-evaluate": "1", "exec-evaluate-2": "1"}
+
+
+def test_compiled_training_on_many_nodes(tmp_path: Path, capsys):
+    options = ["--gpus", 8, "--nodes", 2, "--checkpoints", "s3://b/checkpoints", "--s3-secret", "s3-keys"]
+    options += ["--train-image", "r.example/train:1", "--tools-image", "r.example/tools:1", "--shm", "64Gi"]
+    options += ["--node-selector", "pool=gpu", "--toleration", "spot:NoExecute"]
+    code, _, err = run(capsys, "compile", "--out", tmp_path, *options)
+    assert (code, err) == (0, "")
+    components.load_component_from_file(str(tmp_path / "training_pipeline.yaml"))
+    document, platform = yaml.safe_load_all((tmp_path / "training_pipeline.yaml").read_text())
+    for name, suffix in (("train", ""), ("train-baseline", "-2")):
+        given = constants(tasks(document)[name])
+        assert (given["nodes"], given["processes"], given["shm"]) == (2, 8, "64Gi")
+        assert given["image"] == "r.example/train:1"
+        assert "task_config" not in given  # KFP's driver fills it in
+        component = document["components"][f"comp-train-nodes{suffix}"]
+        assert component["inputDefinitions"]["parameters"]["task_config"]["parameterType"] == "TASK_CONFIG"
+        # of these only the environment is the launching pod's too
+        passed = {p["field"]: p.get("applyToTask", False) for p in component["taskConfigPassthroughs"]}
+        assert {field for field, applied in passed.items() if applied} == {"ENV"}
+        assert {"RESOURCES", "KUBERNETES_NODE_SELECTOR", "KUBERNETES_TOLERATIONS", "KUBERNETES_VOLUMES"} < set(passed)
+        container = document["deploymentSpec"]["executors"][f"exec-train-nodes{suffix}"]["container"]
+        assert container["image"] == "r.example/tools:1"
+        assert container["resources"]["accelerator"]["resourceCount"] == "8"
+        executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-train-nodes{suffix}"]
+        assert executor["nodeSelector"] == {"labels": {"pool": "gpu"}}
+        assert [secret["secretName"] for secret in executor["secretAsEnv"]] == ["s3-keys"]
+        assert "emptyDirMounts" not in executor  # KFP would mount it here, not on the nodes
+
+
+@pytest.mark.parametrize("checkpoints", [[], ["--checkpoints", "/mnt/checkpoints"]])
+def test_many_nodes_need_a_prefix_on_s3(tmp_path: Path, capsys, checkpoints):
+    code, _, err = run(capsys, "compile", "--out", tmp_path, "--nodes", 2, *checkpoints)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "add --checkpoints s3://bucket/prefix" in err
 
 
 @pytest.mark.parametrize(
@@ -142,6 +206,8 @@ def double(path, answer, *files, out=0):
                 raise MissingFile("/nowhere: no such file; check the path") from error
         if name == os.environ.get("BROKEN"):
             raise ZeroDivisionError("a failure of ours")
+        if name == os.environ.get("STOPPED"):
+            raise SystemExit(143)
         for file in files:
             Path(arguments[out]).mkdir(parents=True, exist_ok=True)
             Path(arguments[out], file).write_text(name)
@@ -151,7 +217,7 @@ def double(path, answer, *files, out=0):
 
 part = {"images": 3, "fingerprint": "f"}
 double("softteacher.data.split.split", {"labeled": part, "unlabeled": part, "validation": part}, "labeled.json", out=1)
-double("softteacher.training.train.train", {"teacher": {"AP": .5}}, "settings.yaml", out=3)
+double("softteacher.training.launch.launch", {"teacher": {"AP": .5}}, "settings.yaml", out=3)
 double("softteacher.evaluation.evaluate.evaluate", {"teacher": {"AP": .5}}, "report.html", "detections.json", out=2)
 parity = {"ap": {"onnxruntime": .5}, "batch_1": {}, "batch_4": {}}
 double("softteacher.serving.export.export", parity, "model.onnx", out=1)
@@ -185,7 +251,7 @@ def test_local_run_with_baseline(tmp_path: Path):
     steps = ["split", "train", "evaluate", "export", "gate", "deploy", "train-baseline", "evaluate-baseline"]
     assert set(outputs) == set(steps)
     assert all(outputs[step]["seconds"] > 0 for step in steps)
-    assert Path(outputs["train"]["model"], "settings.yaml").read_text() == "train"
+    assert Path(outputs["train"]["model"], "settings.yaml").read_text() == "launch"
     assert Path(outputs["export"]["onnx"], "model.onnx").is_file()
     assert Path(outputs["evaluate-baseline"]["results"], "detections.json").is_file()
     assert outputs["train"]["model"] != outputs["train-baseline"]["model"]
@@ -198,10 +264,12 @@ def test_local_run_with_baseline(tmp_path: Path):
     assert by_name["gate"] == ([outputs["export"]["onnx"], "s3://models/triton", "detector"], {"delta": 0.01})
     deployed = [outputs["export"]["onnx"], *REQUIRED[3::2], "detector"]
     assert by_name["deploy"] == (deployed, {"backend": "python", "gpu": False})
-    trained = [arguments for name, arguments, _ in calls if name == "train"]
-    assert ["name='soft_teacher'" in t[4] for t in trained] == [True, False]
-    assert all("seed=7" in t[4] for t in trained)
-    assert trained[0][:3] == trained[1][:3]
+    trained = [(arguments, options) for name, arguments, options in calls if name == "launch"]
+    assert ["name='soft_teacher'" in arguments[4] for arguments, _ in trained] == [True, False]
+    assert all("seed=7" in arguments[4] for arguments, _ in trained)
+    assert [options["processes"] for _, options in trained] == [1, 1]
+    assert [options["checkpoints"] for _, options in trained] == [None, None]
+    assert trained[0][0][:3] == trained[1][0][:3]
 
     assert done.stdout.count("progress of evaluate") == 2
     assert "KFP Executor" not in done.stdout
@@ -211,16 +279,22 @@ def test_local_run_with_baseline(tmp_path: Path):
 def test_local_run_that_the_gate_refuses(tmp_path: Path):
     done, calls = run_local(tmp_path, REFUSE="1")
     assert done.returncode == 0
-    assert {name for name, *_ in calls} == {"split", "train", "evaluate", "export", "gate"}
-    assert set(json.loads(done.stdout[done.stdout.index("\n{\n") :])) == {name for name, *_ in calls}
+    assert {name for name, *_ in calls} == {"split", "launch", "evaluate", "export", "gate"}
+    assert set(json.loads(done.stdout[done.stdout.index("\n{\n") :])) == {
+        "split",
+        "train",
+        "evaluate",
+        "export",
+        "gate",
+    }
 
 
 def test_local_run_on_bad_input(tmp_path: Path):
-    done, calls = run_local(tmp_path, "--baseline", BAD_INPUT="train")
+    done, calls = run_local(tmp_path, "--baseline", BAD_INPUT="launch")
     assert done.returncode == 2
     assert done.stderr == "error: step train: /nowhere: no such file; check the path\n"
     assert "Traceback" not in done.stdout
-    assert [name for name, *_ in calls] == ["split", "train"]
+    assert [name for name, *_ in calls] == ["split", "launch"]
 
 
 def test_local_run_on_a_failure_of_ours(tmp_path: Path):
@@ -229,6 +303,12 @@ def test_local_run_on_a_failure_of_ours(tmp_path: Path):
     assert done.stderr == "error: step export failed; its output is above\n"
     assert done.stdout.count("Traceback") == 1
     assert "ZeroDivisionError: a failure of ours" in done.stdout
+
+
+def test_a_training_that_was_stopped_is_a_step_that_failed(tmp_path: Path):
+    done, calls = run_local(tmp_path, STOPPED="launch")  # as at SIGTERM: KFP tries such a step again
+    assert (done.returncode, done.stderr) == (1, "error: step train failed; its output is above\n")
+    assert [name for name, *_ in calls] == ["split", "launch"]
 
 
 @pytest.mark.parametrize(
@@ -243,88 +323,6 @@ def test_settings_are_checked_before_a_step_starts(capsys, arguments, message):
     code, out, err = run(capsys, "run-local", *REQUIRED, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
-
-
-# ---- submit
-
-RUN_ID = "0a1b2c3d"
-
-
-@pytest.fixture
-def api():
-    """As much of the Kubeflow Pipelines API as a submission asks for; yields its URL and the bodies posted to it."""
-    posted: dict[str, dict] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, body: dict, code: int = 200) -> None:
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def do_GET(self) -> None:
-            self.answer({"multi_user": False} if self.path.endswith("healthz") else {"experiments": []})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            kind = self.path.split("?")[0].rsplit("/", 1)[1]
-            posted[kind] = body
-            if body.get("display_name") == "forbidden":
-                return self.answer({"error": "no"}, 403)
-            self.answer({"experiment_id": "e", "run_id": RUN_ID, "display_name": body["display_name"]})
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", posted
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def package(tmp_path: Path, capsys) -> Path:
-    run(capsys, "compile", "--out", tmp_path)
-    return tmp_path / "training_pipeline.yaml"
-
-
-def test_submit(api, package: Path, capsys):
-    host, posted = api
-    options = ["--experiment", "cards", "--baseline", "--set", "training.seed=7"]
-    code, out, _ = run(capsys, "submit", package, "--host", host + "/", *REQUIRED, *options)
-    assert code == 0
-    assert out.splitlines()[-1] == f"{host}/#/runs/details/{RUN_ID}"
-    assert posted["experiments"]["display_name"] == "cards"
-    parameters = posted["runs"]["runtime_config"]["parameters"]
-    assert parameters["data"] == "s3://data/cards"
-    assert parameters["baseline"] is True
-    assert parameters["overrides"] == ["training.seed=7"]
-    assert parameters["triton_backend"] == "onnxruntime"
-    assert posted["runs"]["pipeline_spec"]["pipeline_spec"]["pipelineInfo"]["name"] == "training-pipeline"
-
-
-def test_submit_that_is_refused(api, package: Path, capsys):
-    code, _, err = run(capsys, "submit", package, "--host", api[0], *REQUIRED, "--experiment", "forbidden")
-    assert code == 2
-    assert err.splitlines()[-1].startswith(f"error: --host {api[0]}: refused the run (403 ")
-
-
-@pytest.mark.parametrize(
-    ("host", "message"),
-    [("http://127.0.0.1:9", "no Kubeflow Pipelines there"), ("localhost", "write a URL")],
-)
-def test_submit_to_nobody(package: Path, capsys, host, message):
-    code, _, err = run(capsys, "submit", package, "--host", host, *REQUIRED)
-    assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f"error: --host {host}: ")
-    assert message in err
-
-
-def test_submit_of_no_package(tmp_path: Path, capsys):
-    code, _, err = run(capsys, "submit", tmp_path / "none.yaml", "--host", "http://127.0.0.1:9", *REQUIRED)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "none.yaml: no such file" in err
 
 
 @pytest.mark.parametrize("command", ["compile", "run-local", "submit"])

@@ -13,10 +13,10 @@ from unittest.mock import Mock, create_autospec
 import pytest
 from kfp import dsl
 
-from components import deploy, evaluate, export, gate, split, train
+from components import deploy, evaluate, export, gate, split, train, train_nodes
 from softteacher.config import load_settings
 
-STEPS = [split.split, train.train, evaluate.evaluate, export.export, gate.gate, deploy.deploy]
+STEPS = [split.split, train.train, train_nodes.train_nodes, evaluate.evaluate, export.export, gate.gate, deploy.deploy]
 
 
 @pytest.fixture
@@ -63,6 +63,7 @@ def test_steps_of_the_tools_image_need_nothing_that_it_lacks():
         sys.modules.update(dict.fromkeys({lacking}))  # an import of these fails from here on
         import softteacher.data.split, softteacher.serving.gate, softteacher.serving.deploy
         import softteacher.serving.onnx_runtime  # the gate's, where the champion has to be scored again
+        import components.trainjob
     """
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -109,20 +110,51 @@ def test_split_passes_what_was_asked_for(library, tmp_path: Path, fraction, more
     }
 
 
-def test_train(library, tmp_path: Path, capsys):
-    double = library("softteacher.training.train.train", {"teacher": {"AP": 0.5, "curve": [1.0] * 101}})
+@pytest.mark.parametrize(
+    ("checkpoints", "expected"),
+    [("s3://b/ck/", "s3://b/ck/0a1b/train-baseline/checkpoints"), ("", None)],
+)
+def test_train(library, tmp_path: Path, capsys, checkpoints, expected):
+    answer = {"teacher": {"AP": 0.5, "curve": [1.0] * 101}}
+    double = library("softteacher.training.launch.launch", answer)
     dataset, model = artifact(dsl.Dataset, tmp_path, "dataset"), artifact(dsl.Model, tmp_path, "model")
 
-    train.train.python_func(dataset, "supervised", "demo", ["training.seed=7"], model)
+    train.train.python_func(
+        dataset, "supervised", "demo", ["training.seed=7"], checkpoints, "0a1b", "train-baseline", 4, model
+    )
 
-    *paths, settings = double.call_args.args
-    assert paths == [
-        *(str(tmp_path / "dataset" / f"{n}.json") for n in ("labeled", "unlabeled", "validation")),
-        model.path,
-    ]
-    assert settings == load_settings("demo", ["training.seed=7", "method.name=supervised"])
+    manifests = [str(tmp_path / "dataset" / f"{name}.json") for name in ("labeled", "unlabeled", "validation")]
+    double.assert_called_once_with(
+        *(*manifests, model.path, load_settings("demo", ["training.seed=7", "method.name=supervised"])),
+        checkpoints=expected,
+        processes=4,
+    )
     assert model.metadata["metrics"] == {"teacher": {"AP": 0.5}}
     assert facts(capsys)["method"] == "supervised"
+
+
+def test_train_nodes(library, tmp_path: Path, capsys, monkeypatch):
+    double = library("components.trainjob.train_on_nodes", {"teacher": {"AP": 0.5, "curve": [1.0] * 101}})
+    client = Mock()
+    monkeypatch.setattr("kubeflow.trainer.TrainerClient", client)
+    dataset, model = artifact(dsl.Dataset, tmp_path, "dataset"), artifact(dsl.Model, tmp_path, "model")
+    task = dsl.TaskConfig(node_selector={"pool": "gpu"})
+    settings = ("soft_teacher", "demo", ["training.seed=7"])
+    place = ("s3://b/ck", "0a1b", "train", 8, 2, "r.example/train:1", "16Gi", task)
+
+    train_nodes.train_nodes.python_func(dataset, *settings, *place, model)
+
+    double.assert_called_once_with(
+        *(client.return_value, dataset.path, model.path, "s3://b/ck/0a1b/train"),
+        ["--preset", "demo", "--set", "training.seed=7", "--set", "method.name=soft_teacher"],
+        image="r.example/train:1",
+        nodes=2,
+        processes=8,
+        shm="16Gi",
+        task=task,
+    )
+    assert model.metadata["metrics"] == {"teacher": {"AP": 0.5}}
+    assert facts(capsys)["step"] == "train"
 
 
 def test_evaluate(library, tmp_path: Path, capsys):

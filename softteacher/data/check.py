@@ -19,7 +19,7 @@ from softteacher.data.images import ROTATED, BadImage, decode, original_size
 from softteacher.data.records import ImageRecord
 from softteacher.errors import UserError
 
-MOST = 20_000  # images that are looked at: of a larger data set a sample, for training itself survives broken images
+MOST = 10_000  # images that are looked at: of a larger data set a sample, for training itself survives broken images
 
 
 def check_images(dataset: CocoDataset, max_bad: float, title: str = "check images") -> CocoDataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -100,7 +100,7 @@ def batches(
         ),
         num_workers=settings.data.workers,
         prefetch_factor=4 if settings.data.workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
     for batch in loader:
         if isinstance(batch, UserError):
@@ -115,6 +115,7 @@ class _Steps(Dataset):
         self.labeled, self.unlabeled, self.settings, self.burn_in = labeled, unlabeled, settings, burn_in
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.cache = ImageCache(settings.data.cache_mb, settings.data.cache_dir)
+        self.orders: dict[str, tuple[int, np.ndarray]] = {}
         self.short_side = largest_short_side(settings.data)
 
     def __getitem__(self, number: int) -> Batch | UserError:
@@ -162,17 +163,19 @@ class _Steps(Dataset):
         """The image at a position of the endless shuffled sequence, or the next readable one."""
         for offset in range(len(dataset)):
             epoch, place = divmod(position + offset, len(dataset))
-            index = int(_order(self.settings.training.seed, part, epoch, len(dataset))[place])
+            index = int(self._order(part, epoch, len(dataset))[place])
             try:
                 return index, read_image(dataset, index, self.cache.read, self.short_side)[0]
             except (BadImage, storage.MissingFile) as e:
                 broken.setdefault(part, []).append(str(e))
         raise UserError(f"{dataset.source}: not one of its {len(dataset)} images can be read; check the image folder")
 
-
-@functools.lru_cache(4)
-def _order(seed: int, part: str, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, len(part)]).permutation(count)
+    def _order(self, part: str, epoch: int, count: int) -> np.ndarray:
+        """The shuffled indices of an epoch; the last one is kept, as a million take a while."""
+        if self.orders.get(part, (-1, None))[0] != epoch:
+            rng = np.random.default_rng([self.settings.training.seed, epoch, len(part)])
+            self.orders[part] = epoch, rng.permutation(count)
+        return self.orders[part][1]
 
 
 def pad(images: list[np.ndarray]) -> torch.Tensor:
@@ -199,5 +202,6 @@ def _collate(
     return Views(pad([np.asarray(v.image) for v in views]), sizes, matrices, boxes or [], labels or [], seeds)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the training decides when to end

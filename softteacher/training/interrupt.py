@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from softteacher.console import say
+
+_ONE_REQUEST = 2.0  # seconds
 
 
 class Stopped(SystemExit):
@@ -25,6 +28,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         self._at_once = False
+        self._since = 0.0
 
     @contextmanager
     def watching(self) -> Iterator[StopRequest]:
@@ -55,7 +59,12 @@ class StopRequest:
         raise Stopped(128 + self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.signal = self.signal, number
-        if again or self._at_once:
+        first, self.signal = not self.signal, number
+        # a terminal's Ctrl-C reaches launcher and processes, and the launcher hands it on: that is one request
+        insists = not first and time.monotonic() - self._since > _ONE_REQUEST
+        if insists or self._at_once:
             self.stop()
+        if not first:
+            return
+        self._since = time.monotonic()
         say(f"{signal.Signals(number).name}: this step ends, then a checkpoint is written")

@@ -309,13 +309,14 @@ def _memory_explained(progress: Progress) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        text = str(e).splitlines()[0] if str(e) else ""
-        worker = "DataLoader worker" in text
-        if not (isinstance(e, torch.OutOfMemoryError | MemoryError) or worker or "can't allocate memory" in text):
+        text = (str(e).splitlines() or [""])[0][:200]
+        if "DataLoader worker" in text:
+            what = f"a loader process was killed ({text}); lower data.workers or data.short_side"
+        elif isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+            what = (
+                f"out of memory ({text}); lower data.short_side, training.unlabeled_per_batch (and raise "
+                "training.accumulate), detector.roi_batch or detector.proposals_train"
+            )
+        else:
             raise
-        what = "a loader process was killed" if worker else "out of memory"
-        least = (
-            "data.workers, data.short_side" if worker else "data.short_side, training.unlabeled_per_batch (and raise "
-        )
-        least += "" if worker else "training.accumulate), detector.roi_batch or detector.proposals_train"
-        raise UserError(f"step {progress.step}: {what} ({text[:200]}); lower {least}") from e
+        raise UserError(f"step {progress.step}: {what}") from e

@@ -109,3 +109,32 @@ def test_overfitting_one_image_finds_its_object():
     assert found.labels[0] == 1
     assert found.scores[0] > 0.5
     torch.testing.assert_close(found.boxes[0], views.boxes[0][0], atol=4, rtol=0)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_rpn_at_some_anchors_is_the_rpn(channels_last):
+    """Values, and the gradients of maps and weights, are those of the whole RPN read at these places."""
+    torch.manual_seed(1)
+    detector = build(load_settings("demo").detector, 3)
+    for layer in (detector.rpn_logits, detector.rpn_deltas):
+        torch.nn.init.normal_(layer.weight)
+    sides = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    maps = [torch.randn(2, 48, *side) for side in sides]
+    if channels_last:
+        maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
+    count = 2 * 3 * sum(h * w for h, w in sides)
+    index = torch.cat([torch.randint(count, (60,)), torch.tensor([0, count - 1, count // 2, 3 * 23, 7, 7])])
+    found = []
+    for sparse in (True, False):
+        own = [m.clone().requires_grad_() for m in maps]
+        detector.zero_grad()
+        if sparse:
+            logits, deltas = detector.rpn_at(own, index)
+        else:
+            rpn = detector.rpn(own)
+            logits, deltas = rpn.logits.flatten()[index], rpn.deltas.flatten(0, 1)[index]
+        (logits.sin().sum() + deltas.cos().sum()).backward()
+        weights = [detector.rpn_conv.weight, detector.rpn_conv.bias, detector.rpn_logits.weight]
+        found.append([logits, deltas, *(t.grad.clone() for t in [*own, *weights, detector.rpn_deltas.bias])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -201,3 +201,19 @@ def test_variance_is_small_where_the_refinement_does_not_care(monkeypatch):
     monkeypatch.setattr(soft_teacher.teacher, "box_head", lambda f, c: head(f, c, False))
     values = [soft_teacher.box_variance(features, found, sizes, noise)[0].item() for _ in range(50)]
     assert np.mean(values) == pytest.approx(0.06, rel=0.2)  # method.jitter_scale
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+def test_losses_in_half_precision(monkeypatch, precision, tolerance):
+    """Each term is within 3 % (bf16) or half a percent (fp16) of fp32; assignment and sampling stay in fp32."""
+    boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
+    found = []
+    for chosen in (torch.float32, precision):
+        soft_teacher = method("method.reg_variance_threshold=1000")
+        soft_teacher.student.precision = soft_teacher.teacher.precision = chosen
+        believe(soft_teacher, monkeypatch, [boxes, boxes], [0.95, 0.92], [0, 1])
+        losses, _ = soft_teacher.losses(batch(), 0)
+        assert all(v.dtype == torch.float32 for v in losses.values())
+        torch.stack(list(losses.values())).sum().backward()
+        found.append({k: v.item() for k, v in losses.items()})
+    assert found[1] == pytest.approx(found[0], rel=tolerance)

@@ -152,6 +152,29 @@ def test_a_finished_run_is_not_repeated(manifests, tmp_path, capsys, monkeypatch
     assert (tmp_path / "m" / "provenance.json").read_bytes() == before
 
 
+def test_a_full_disk(manifests, tmp_path):
+    """No checkpoint fits: training goes on and says so. The model doesn't fit: one line, and no torn model folder."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can't be mounted here")
+    try:
+        process = start(manifests, disk / "m")
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2, said
+        assert "warning: no checkpoint: " in said
+        assert "the disk is full; free some space" in said.splitlines()[-1]
+        assert "Traceback" not in said
+        assert not (disk / "m" / "provenance.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        process = start(manifests, disk / "m")
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_another_run_is_not_resumed(manifests, tmp_path):
     settings = [*TINY, "training.iterations=4", "training.checkpoint_every=2"]
 

@@ -70,4 +70,6 @@ def noise_views(count: int = 2, side: int = 64, seed: int = 0) -> Views:
     )
     sizes = torch.full((count, 2), side)
     boxes = [torch.tensor([[8.0, 8.0, 40.0, 40.0]]) for _ in range(count)]
-    return Views(images, sizes, torch.eye(3).double().repeat(count, 1, 1), boxes, [torch.tensor([0])] * count, list(range(count)))
+    return Views(
+        images, sizes, torch.eye(3).double().repeat(count, 1, 1), boxes, [torch.tensor([0])] * count, list(range(count))
+    )

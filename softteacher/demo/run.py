@@ -55,6 +55,8 @@ def demo(
     overrides = [*(DIGITS if data is None else []), *overrides]
     if percent is None:
         percent = 5 if data is None else 10
+    if not 0 < percent < 100:
+        raise UserError(f"--percent {percent:g}: must be more than 0 and less than 100, e.g. 10")
     load_settings(preset, overrides)
     if data is not None and not storage.is_s3(data) and not Path(data).is_dir():
         raise UserError(f"{data}: no such folder; give one with images/ and annotations/ in COCO format")

@@ -56,7 +56,7 @@ class _RoIPool(torch.autograd.Function):
         scale = 1 / torch.tensor(strides, dtype=torch.float32)[level]
         places = (rois[:, 0].long().numpy(), level.numpy(), (rois[:, 1:] * scale[:, None] - 0.5).numpy())
         out = torch.empty((len(rois), POOL * POOL, maps[0].shape[-1]))
-        _by_channels(_pool, *places, ratio, tuple(m.numpy() for m in maps), out.numpy())
+        _by_channels(*places, ratio, tuple(m.numpy() for m in maps), False, out.numpy())
         ctx.places, ctx.ratio, ctx.shapes, ctx.dtype = places, ratio, [m.shape for m in maps], features[0].dtype
         return out.flatten(1)
 
@@ -64,16 +64,16 @@ class _RoIPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         maps = [torch.zeros(shape) for shape in ctx.shapes]
         grad = grads[0].unflatten(1, (POOL * POOL, -1)).contiguous()
-        _by_channels(_unpool, *ctx.places, ctx.ratio, tuple(m.numpy() for m in maps), grad.numpy())
+        _by_channels(*ctx.places, ctx.ratio, tuple(m.numpy() for m in maps), True, grad.numpy())
         return (None, None, None, None, *(m.permute(0, 3, 1, 2).to(ctx.dtype) for m in maps))
 
 
-def _by_channels(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Run a kernel on shares of the channels, one a thread."""
+def _by_channels(*arguments: Any) -> None:
+    """Run the kernel on shares of the channels, one a thread."""
     bounds = np.linspace(0, arguments[-1].shape[-1], torch.get_num_threads() + 1).astype(int).tolist()
     shares = list(itertools.pairwise(bounds))
-    running = [_threads().submit(kernel, *arguments, *share) for share in shares[1:]]
-    kernel(*arguments, *shares[0])
+    running = [_threads().submit(_pool, *arguments, *share) for share in shares[1:]]
+    _pool(*arguments, *shares[0])
     for future in running:
         future.result()
 
@@ -115,7 +115,8 @@ def _bins(start, length, size, ratio, first, count, weight):  # type: ignore[no-
 
 
 @_jit
-def _pool(image, level, boxes, ratio, maps, out, low, high):  # type: ignore[no-untyped-def]
+def _pool(image, level, boxes, ratio, maps, back, bins, low, high):  # type: ignore[no-untyped-def]
+    """Fill `bins` [R, 49, C] from the maps or, if `back`, add their gradients to the maps; channels low to high."""
     side = 2 + max([max(m.shape[1], m.shape[2]) for m in maps])
     y0, ny, wy = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
     x0, nx, wx = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
@@ -125,30 +126,16 @@ def _pool(image, level, boxes, ratio, maps, out, low, high):  # type: ignore[no-
         _bins(boxes[r, 0], boxes[r, 2] - boxes[r, 0], feature.shape[1], ratio, x0, nx, wx)
         for i in range(POOL):
             for j in range(POOL):
-                bin_ = out[r, i * POOL + j]
-                for c in range(low, high):
-                    bin_[c] = 0
+                here = bins[r, i * POOL + j]
+                if not back:
+                    for c in range(low, high):
+                        here[c] = 0
                 for k in range(ny[i]):
                     for m in range(nx[j]):
                         weight, cell = wy[i, k] * wx[j, m], feature[y0[i] + k, x0[j] + m]
-                        for c in range(low, high):
-                            bin_[c] += weight * cell[c]
-
-
-@_jit
-def _unpool(image, level, boxes, ratio, maps, grad, low, high):  # type: ignore[no-untyped-def]
-    side = 2 + max([max(m.shape[1], m.shape[2]) for m in maps])
-    y0, ny, wy = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
-    x0, nx, wx = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
-    for r in range(len(boxes)):
-        feature = maps[level[r]][image[r]]
-        _bins(boxes[r, 1], boxes[r, 3] - boxes[r, 1], feature.shape[0], ratio, y0, ny, wy)
-        _bins(boxes[r, 0], boxes[r, 2] - boxes[r, 0], feature.shape[1], ratio, x0, nx, wx)
-        for i in range(POOL):
-            for j in range(POOL):
-                bin_ = grad[r, i * POOL + j]
-                for k in range(ny[i]):
-                    for m in range(nx[j]):
-                        weight, cell = wy[i, k] * wx[j, m], feature[y0[i] + k, x0[j] + m]
-                        for c in range(low, high):
-                            cell[c] += weight * bin_[c]
+                        if back:
+                            for c in range(low, high):
+                                cell[c] += weight * here[c]
+                        else:
+                            for c in range(low, high):
+                                here[c] += weight * cell[c]

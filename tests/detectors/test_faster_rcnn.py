@@ -97,7 +97,7 @@ def test_overfitting_one_image_finds_its_object():
     views.labels[0] += 1
     optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
     first = None
-    for _ in range(40):
+    for _ in range(80):
         loss = torch.stack(list(supervised_losses(detector, views).values())).sum()
         first = first or loss.item()
         optimizer.zero_grad()

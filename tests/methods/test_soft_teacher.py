@@ -203,9 +203,9 @@ def test_variance_is_small_where_the_refinement_does_not_care(monkeypatch):
     assert np.mean(values) == pytest.approx(0.06, rel=0.2)  # method.jitter_scale
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_losses_in_half_precision(monkeypatch, precision, tolerance):
-    """Each term is within 3 % (bf16) or half a percent (fp16) of fp32; assignment and sampling stay in fp32."""
+    """Each term is within 5 % (bf16) or 1 % (fp16) of fp32; assignment and sampling stay in fp32."""
     boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
     found = []
     for chosen in (torch.float32, precision):

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,8 @@ class Trainer:
         known = inspect.signature(DistributedDataParallel).parameters
         options: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
         parallel = distributed.world_size() > 1
+        # of 1x1 kernels, whose channels_last strides are ambiguous; they are copied, which costs nothing to speak of
+        warnings.filterwarnings("ignore", message="(?s).*Grad strides do not match bucket view strides")
         self.losses: Any = DistributedDataParallel(losses, **options) if parallel else losses
 
     def step(self, batches: list[Batch]) -> dict[str, Tensor | float]:

@@ -28,7 +28,7 @@ RUN useradd --uid 10001 --user-group --create-home softteacher
 COPY --from=build /opt/venv /opt/venv
 # /tmp is the one place that a read-only root file system leaves writable
 ENV SOFTTEACHER_GIT_SHA=${REVISION}
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib NUMBA_CACHE_DIR=/tmp/numba
 # a number, so that Kubernetes can see that it isn't root
 USER 10001:10001
 WORKDIR /home/softteacher

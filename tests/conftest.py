@@ -34,9 +34,15 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 
 
 @pytest.fixture
-def s3(object_store: ObjectStore) -> str:
-    """A fresh bucket: `s3://test-...`."""
-    return object_store.create_bucket(f"test-{secrets.token_hex(6)}")
+def s3(object_store: ObjectStore) -> Iterator[str]:
+    """A fresh bucket: `s3://test-...`; it is removed, as each holds volumes of the store, which has only so many."""
+    name = f"test-{secrets.token_hex(6)}"
+    yield object_store.create_bucket(name)
+    client = object_store.client()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
+        for entry in page.get("Contents", []):
+            client.delete_object(Bucket=name, Key=entry["Key"])
+    client.delete_bucket(Bucket=name)
 
 
 @pytest.fixture(scope="session")

@@ -114,14 +114,16 @@ def _train(
         return {name: score(detector, val_set, settings, device)[0] for name, detector in detectors.items()}
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
-        checkpoints = Checkpoints(place, run, s.keep_checkpoints) if main else None
-        state = distributed.once(lambda: Checkpoints(place, run, s.keep_checkpoints).load())
+        checkpoints = Checkpoints(place, run, s.keep_checkpoints)
+        state = distributed.once(checkpoints.load)
         if state:
             trainer.load_state(state)
             say(f"train: goes on at step {trainer.progress.step} of {s.iterations}, from {place}")
         burn_in = round(settings.method.burn_in * s.iterations)
         parts = batches(train_set, extra, settings, start=trainer.progress.step, burn_in=burn_in)
-        run_training(trainer, parts, sets, folder, checkpoints, validate if s.evaluate_every else None)
+        run_training(
+            trainer, parts, sets, folder, checkpoints if main else None, validate if s.evaluate_every else None
+        )
         best = trainer.progress.best
         if best:
             teacher.load_state_dict(best["teacher"])
@@ -149,7 +151,7 @@ def _train(
                 "training": trainer.progress.facts(),
             }
             ModelFolder.write(folder, student, teacher, settings, val_set, metrics, provenance)
-    if checkpoints:
+    if main:
         checkpoints.remove()
     of = f" at step {best['step']}, the best" if best else ""
     if best:

@@ -33,8 +33,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from softteacher.config import Settings, load_settings
 from softteacher.data.loader import Batch, Views
+from softteacher.detectors.base import MEAN, STD
 from softteacher.detectors.build import build
-from softteacher.detectors.faster_rcnn import MEAN, STD, FasterRCNN
+from softteacher.detectors.faster_rcnn import FasterRCNN
 from softteacher.device import find_precision
 from softteacher.methods import build_method
 from softteacher.training.trainer import Trainer

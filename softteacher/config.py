@@ -95,6 +95,9 @@ class DetectorSettings(_Group):
         le=4,
         description="backbone stages that stay as loaded, stem in the first; without backbone_weights none",
     )
+    finest_stride: Literal[4, 8] = Field(
+        4, description="of the finest pyramid level; 8 does without the level that takes most of the time"
+    )
     fpn_channels: int = Field(256, ge=8, le=1024, description="channels of every pyramid level")
     head_channels: int = Field(
         1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"

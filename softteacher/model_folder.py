@@ -14,8 +14,8 @@ import torch
 from softteacher import storage
 from softteacher.config import Settings, read_settings
 from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.detectors.base import Detector
 from softteacher.detectors.build import build
-from softteacher.detectors.faster_rcnn import FasterRCNN
 from softteacher.errors import UserError
 
 Weights = Literal["teacher", "student"]
@@ -64,7 +64,7 @@ class ModelFolder:
         """Class names in label order."""
         return [name for _, name in self.categories]
 
-    def detector(self, weights: Weights) -> FasterRCNN:
+    def detector(self, weights: Weights) -> Detector:
         """The detector with the teacher's or the student's weights, in eval mode on the CPU.
 
         Raises:

@@ -14,12 +14,13 @@ from torchvision.ops import FrozenBatchNorm2d
 from softteacher import storage
 from softteacher.config import DetectorSettings
 from softteacher.console import say
+from softteacher.detectors.base import Detector
 from softteacher.detectors.faster_rcnn import FasterRCNN
 from softteacher.detectors.layers import fold_frozen_norms
 from softteacher.errors import UserError
 
 
-def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) -> FasterRCNN:
+def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) -> Detector:
     """A detector with fresh heads.
 
     Args:

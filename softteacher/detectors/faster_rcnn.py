@@ -11,16 +11,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from softteacher.config import DetectorSettings
-from softteacher.detections import Detections
+from softteacher.data.loader import Views
+from softteacher.detectors.base import Detector
 from softteacher.detectors.boxes import HEAD_STD, RPN_STD, anchors, clip, decode, nms_mask
-from softteacher.detectors.layers import MapConv
+from softteacher.detectors.losses import classification_loss, regression_loss, rpn_loss, rpn_targets, sample_rois
 from softteacher.detectors.roi_pool import POOL, roi_pool
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 STRIDES = [4, 8, 16, 32, 64]
 CANDIDATES = 10  # scored boxes that enter the class-wise NMS, per detection that may leave it
 
@@ -34,7 +33,7 @@ class RPNOutput(NamedTuple):
     per_level: list[int]
 
 
-class FasterRCNN(nn.Module):
+class FasterRCNN(Detector):
     """Two-stage detector.
 
     Args:
@@ -45,14 +44,9 @@ class FasterRCNN(nn.Module):
     """
 
     def __init__(self, backbone: nn.ModuleList, channels: list[int], classes: int, settings: DetectorSettings) -> None:
-        super().__init__()
-        self.settings, self.classes = settings, classes
-        self.precision = torch.float32
+        super().__init__(backbone, channels, classes, settings, LastLevelMaxPool())
+        self.strides = STRIDES[self.first_level :]
         width, hidden = settings.fpn_channels, settings.head_channels
-        self.backbone = backbone
-        self.fpn = FeaturePyramidNetwork(channels, width, extra_blocks=LastLevelMaxPool())
-        for block in self.fpn.layer_blocks:
-            block[0] = MapConv(block[0])
         self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
         self.rpn_logits = nn.Conv2d(width, 3, 1)
         self.rpn_deltas = nn.Conv2d(width, 12, 1)
@@ -61,7 +55,6 @@ class FasterRCNN(nn.Module):
         )
         self.head_logits = nn.Linear(hidden, classes + 1)
         self.head_deltas = nn.Linear(hidden, classes * 4)
-        self.mean, self.std = nn.Buffer(_channels(MEAN), persistent=False), nn.Buffer(_channels(STD), persistent=False)
         layers: list[nn.Conv2d | nn.Linear] = [self.rpn_conv, self.rpn_logits, self.rpn_deltas, self.head_logits]
         for layer in (*layers, self.head_deltas):
             nn.init.normal_(layer.weight, std=0.001 if layer is self.head_deltas else 0.01)
@@ -72,26 +65,16 @@ class FasterRCNN(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Pyramid maps P2 .. P6 [B, channels, H / stride, W / stride] of uint8 RGB images [B, 3, H, W]."""
-        x = (images.float() - self.mean) / self.std
-        x = x.contiguous(memory_format=torch.channels_last)
-        with self._autocast(images):
-            maps = {}
-            for n, stage in enumerate(self.backbone):
-                x = maps[str(n)] = stage(x)
-            return list(self.fpn(maps).values())
-
     def rpn(self, features: list[Tensor]) -> RPNOutput:
         """Objectness and box deltas of every anchor."""
         logits, deltas = [], []
         for feature in features:
-            with self._autocast(feature):
+            with self.autocast(feature):
                 both = self._rpn_heads(F.relu(self.rpn_conv(feature)).permute(0, 2, 3, 1)).float()
             logits.append(both[..., :3].flatten(1))
             deltas.append(both[..., 3:].reshape(both.shape[0], -1, 4))
         shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
-        levels = anchors(shapes, STRIDES, self.settings.anchor_scale, features[0].device)
+        levels = anchors(shapes, self.strides, self.settings.anchor_scale, features[0].device)
         return RPNOutput(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(levels), [len(a) for a in levels])
 
     def rpn_at(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +103,7 @@ class FasterRCNN(nn.Module):
             patches.append((patch * inside[..., None]).flatten(1))
             order.append(here)
             start += count
-        with self._autocast(features[0]):
+        with self.autocast(features[0]):
             kernel = self.rpn_conv.weight.permute(0, 2, 3, 1).flatten(1)
             both = self._rpn_heads(F.relu(F.linear(torch.cat(patches), kernel, self.rpn_conv.bias))).float()
         back = torch.cat(order).argsort()
@@ -175,8 +158,8 @@ class FasterRCNN(nn.Module):
             image = torch.cat([b.new_full((len(b),), n, dtype=torch.int64) for n, b in enumerate(boxes)])
             flat = torch.cat(boxes)
         rois = torch.cat([image[:, None].to(flat.dtype), flat], 1)
-        pooled = roi_pool(features[:4], STRIDES[:4], rois, self.settings.sampling_ratio)
-        with self._autocast(flat):
+        pooled = roi_pool(features[:-1], self.strides[:-1], rois, self.settings.sampling_ratio)
+        with self.autocast(flat):
             hidden = self.head(pooled)
             logits, deltas = self.head_logits(hidden), self.head_deltas(hidden)
         return logits.float(), deltas.float().unflatten(1, (self.classes, 4))
@@ -205,20 +188,21 @@ class FasterRCNN(nn.Module):
         best, order = kept.topk(min(self.settings.max_detections, kept.shape[1]), dim=1)
         return boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, labels.gather(1, order)
 
-    def forward(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Detect objects: uint8 RGB [B, 3, H, W] and [B, 2] sizes in, one `Detections` an image out."""
-        boxes, scores, labels = self.detect(self.features(images), sizes)
-        return [Detections(b, s, n)[s > 0] for b, s, n in zip(boxes, scores, labels, strict=True)]
+    def losses(self, views: Views) -> dict[str, Tensor]:
+        """The four losses of Faster R-CNN on labelled views, each of weight 1."""
+        s, noise = self.settings, views.noise()
+        features = self.features(views.images)
+        with torch.no_grad():
+            rpn = self.rpn(features)
+        targets = rpn_targets(rpn.anchors, views.sizes, views.boxes, s.rpn_batch, noise)
+        losses = rpn_loss(*self.rpn_at(features, targets.anchors), targets)
+        proposals, scores = self.proposals(rpn, views.sizes, training=True)
+        rois = sample_rois(proposals, scores > 0, views.boxes, views.labels, s.roi_batch, self.classes, noise)
+        logits, deltas = self.box_head(features, rois.boxes)
+        return losses | {"cls": classification_loss(logits, rois), "box": regression_loss(deltas, rois)}
 
     def _rpn_heads(self, hidden: Tensor) -> Tensor:
         """Objectness and deltas [..., 15] of the three anchors of cells [..., C]."""
         heads = (self.rpn_logits, self.rpn_deltas)
         bias = [h.bias for h in heads if h.bias is not None]
         return F.linear(hidden, torch.cat([h.weight.flatten(1) for h in heads]), torch.cat(bias))
-
-    def _autocast(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32)
-
-
-def _channels(values: tuple[float, float, float]) -> Tensor:
-    return torch.tensor(values).reshape(3, 1, 1)

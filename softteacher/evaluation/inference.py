@@ -16,14 +16,14 @@ from softteacher.data.coco import CocoDataset
 from softteacher.data.images import BadImage, inference_size, resize
 from softteacher.data.loader import pad
 from softteacher.detections import Detections
-from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.detectors.base import Detector
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.storage import MissingFile
 
 
 @torch.inference_mode()
 def detect_dataset(
-    detector: FasterRCNN, dataset: CocoDataset, settings: Settings, device: torch.device, title: str = "evaluate"
+    detector: Detector, dataset: CocoDataset, settings: Settings, device: torch.device, title: str = "evaluate"
 ) -> dict[int, Detections]:
     """Detections (numpy, pixels of the original image) by image id; broken images are counted and left out.
 
@@ -74,7 +74,7 @@ def detect_dataset(
 
 
 def score(
-    detector: FasterRCNN, dataset: CocoDataset, settings: Settings, device: torch.device
+    detector: Detector, dataset: CocoDataset, settings: Settings, device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, Any]], CocoDataset]:
     """COCO metrics of a detector, its detections in COCO results format, and the data set without broken images."""
     found = detect_dataset(detector, dataset, settings, device)

@@ -5,13 +5,13 @@ A method is built from (student, teacher, settings) and has `losses(batch, step)
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from softteacher.config import Settings
 from softteacher.data.loader import Batch
-from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.detectors.base import Detector
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.methods.supervised import Supervised
 
@@ -23,7 +23,7 @@ class Method(Protocol):
         """Weighted loss terms whose sum is minimised, and numbers for the log."""
 
 
-def build_method(settings: Settings, student: FasterRCNN, teacher: FasterRCNN) -> Method:
+def build_method(settings: Settings, student: Detector, teacher: Detector) -> Method:
     """The method that `method.name` names."""
-    methods: dict[str, type[SoftTeacher] | type[Supervised]] = {"soft_teacher": SoftTeacher, "supervised": Supervised}
+    methods: dict[str, Any] = {"soft_teacher": SoftTeacher, "supervised": Supervised}
     return methods[settings.method.name](student, teacher, settings)

@@ -24,7 +24,6 @@ from softteacher.detectors.losses import (
     rpn_targets,
     sample_rois,
 )
-from softteacher.methods.supervised import supervised_losses
 
 MIN_SIDE = 1e-2  # pixels; a pseudo box that left the strong view has no side
 
@@ -56,7 +55,7 @@ class SoftTeacher:
 
     def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `softteacher.methods.Method`. Without unlabelled views (burn-in) the loss is the supervised one."""
-        losses = supervised_losses(self.student, batch.labeled)
+        losses = self.student.losses(batch.labeled)
         if batch.weak is None or batch.strong is None:
             return losses, {}
         # matrices from the teacher's to the student's view (section 3.1)

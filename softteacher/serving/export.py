@@ -22,7 +22,7 @@ from softteacher.data.coco import CocoDataset
 from softteacher.data.images import PAD, inference_size
 from softteacher.data.loader import STRIDE
 from softteacher.detections import Detections
-from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.detectors.base import Detector
 from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, Weights, sha256
 from softteacher.serving.onnx_runtime import OnnxDetector, evaluate_onnx, score_canvases
@@ -42,7 +42,7 @@ class ServedDetector(nn.Module):
     pixels), `detection_scores` [B, K] float32, `detection_classes` [B, K] int32 (index into the class list).
     """
 
-    def __init__(self, detector: FasterRCNN, size: tuple[int, int]) -> None:
+    def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
         super().__init__()
         self.detector, self.size = detector, size
 

@@ -25,7 +25,7 @@ from softteacher.console import Bar, say
 from softteacher.data.check import report_broken
 from softteacher.data.coco import CocoDataset
 from softteacher.data.loader import Batch
-from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.detectors.base import Detector
 from softteacher.errors import UserError
 from softteacher.methods import Method
 from softteacher.training.checkpoint import Checkpoints
@@ -100,7 +100,7 @@ class Trainer:
     """
 
     def __init__(
-        self, student: FasterRCNN, teacher: FasterRCNN, method: Method, settings: Settings, device: torch.device
+        self, student: Detector, teacher: Detector, method: Method, settings: Settings, device: torch.device
     ) -> None:
         self.student, self.teacher, self.settings, self.device = student, teacher, settings, device
         self.progress = Progress()
@@ -298,7 +298,7 @@ def _judge(trainer: Trainer, metrics: dict[str, dict[str, Any]]) -> None:
 class _Losses(nn.Module):
     """A method's losses as the forward of a module, which is what DistributedDataParallel hooks into."""
 
-    def __init__(self, student: FasterRCNN, method: Method) -> None:
+    def __init__(self, student: Detector, method: Method) -> None:
         super().__init__()
         self.student, self.method = student, method
 

@@ -34,6 +34,8 @@ class MethodName(StrEnum):
     """Training methods."""
 
     soft_teacher = "soft_teacher"
+    mean_teacher = "mean_teacher"
+    stac = "stac"
     supervised = "supervised"
 
 

@@ -118,22 +118,51 @@ class DetectorSettings(_Group):
 
 
 class MethodSettings(_Group):
-    """Soft Teacher (paper, section 3)."""
+    """Soft Teacher (paper, section 3), and what it is compared with."""
 
-    name: Literal["soft_teacher", "supervised"] = Field("soft_teacher", description="training method")
+    name: Literal["soft_teacher", "mean_teacher", "stac", "supervised"] = Field(
+        "soft_teacher", description="training method"
+    )
     unsup_weight: float = Field(4.0, ge=0, description="alpha of L = L_sup + alpha * L_unsup")
     pool_threshold: Share = Field(0.5, description="teacher boxes above this score make the pool of pseudo boxes")
-    rpn_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the RPN")
-    cls_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the classification")
+    rpn_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the RPN; 0: all of the pool")
+    cls_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the classification; 0: all")
+    threshold: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="adaptive: a score threshold for each class, in place of rpn_ and cls_threshold"
+    )
+    adaptive_share: float = Field(
+        1.0, gt=0, le=4, description="adaptive: pseudo boxes of a class per image over its labelled boxes per image"
+    )
+    reliability: Literal[
+        "teacher_background", "student_background", "prediction_difference", "iou", "reverse_iou", "none"
+    ] = Field("teacher_background", description="weight of negatives; none: 1, as in hard assignment")
+    loss_normalization: Literal["weights", "paper"] = Field(
+        "weights", description="of the classification: by the sum of all weights, or as Eq. 4-5 write it"
+    )
+    box_jitter: bool = Field(True, description="false: the boxes of cls_threshold teach the regression")
     reg_variance_threshold: float = Field(
         0.02, ge=0, description="pseudo boxes under this variance teach the regression"
     )
     jitter_times: int = Field(10, ge=2, le=100, description="jittered copies of a pseudo box")
-    jitter_scale: float = Field(0.06, gt=0, description="standard deviation of the jitter, share of width and height")
-    ema_momentum: float = Field(
-        0.999, ge=0, lt=1, description="momentum of the teacher, reached as 1 - 1/(iteration + 1)"
+    jitter_scale: float = Field(0.06, gt=0, description="size of the jitter, share of width and height")
+    jitter_law: Literal["normal", "uniform"] = Field("normal", description="uniform: Eq. 6 of the paper")
+    variance_normalization: Literal["own_side", "mean_side"] = Field(
+        "own_side", description="each coordinate over its own side, or all over half of width + height (Eq. 7)"
+    )
+    ema_momentum: float = Field(0.999, ge=0, lt=1, description="momentum of the teacher")
+    ema_ramp: bool = Field(True, description="reach it as 1 - 1/(iteration + 1); false: from the first step (paper)")
+    label_model: str | None = Field(
+        None, description="stac: model folder, local or s3://, whose teacher labels; none: one is trained first"
     )
     burn_in: Share = Field(0.0, description="share of the iterations with labelled images only (paper: none)")
+    guard: bool = Field(
+        True, description="when pseudo labels do harm: back to the best weights, and less of them; needs evaluate_every"
+    )
+
+    @field_validator("reliability", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        return "none" if value is None else value  # `--set key=none` otherwise means that there is none
 
 
 class TrainingSettings(_Group):
@@ -153,9 +182,10 @@ class TrainingSettings(_Group):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of SGD")
     warmup_iterations: int = Field(500, ge=0, description="linear warm-up of the learning rate")
+    lr_schedule: Literal["step", "cosine"] = Field("step", description="how lr falls after warm-up; cosine: to 0")
     warmup_factor: float = Field(0.001, gt=0, le=1, description="learning rate at the first step, share of lr")
     lr_steps: tuple[float, ...] = Field(
-        (2 / 3, 8 / 9), description="shares of the iterations after which lr is divided by 10"
+        (2 / 3, 8 / 9), description="step: shares of the iterations after which lr is divided by 10"
     )
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the gradient; none: no clipping")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(

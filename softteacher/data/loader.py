@@ -31,7 +31,8 @@ class Views:
         images: [B, 3, H, W] uint8, RGB; views at the top left, padded with grey.
         sizes: [B, 2] int64, (height, width) of each view before padding.
         matrices: [B, 3, 3] float64, original -> view.
-        boxes: B x [n, 4] float32, xyxy in view pixels; empty without labels.
+        boxes: B x [n, 4] float32, xyxy in view pixels; an empty list without labels. Weak views have the hidden labels
+            of unlabelled images, if their json has any: for diagnostics, never for a loss.
         labels: B x [n] int64.
         seeds: B seeds of what a method draws for an image (samples, jitter), below 2**32.
     """
@@ -127,27 +128,26 @@ class _Steps(Dataset):
     def _batch(self, step: int, part: int) -> Batch:
         training, data = self.settings.training, self.settings.data
         broken: dict[str, list[str]] = {}
-        views, boxes, labels, seeds = [], [], [], []
+        views, rows, seeds = [], [], []
         for position, rng in self._draws(step, part, 0, training.labeled_per_batch):
             index, image = self._image(self.labeled, "labeled", position, broken)
             seeds.append(int(rng.integers(2**32)))
-            view = labeled_view(image, rng, data)
-            box, label = self.labeled.targets(index)
-            size = torch.tensor(view.image.size[::-1])
-            projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
-            keep = (projected[:, 2:] - projected[:, :2]).amin(1) > 1
-            views.append(view)
-            boxes.append(projected[keep])
-            labels.append(torch.from_numpy(label)[keep])
-        batch = Batch(_collate(views, seeds, boxes, labels), broken=broken)
+            views.append(labeled_view(image, rng, data))
+            rows.append(index)
+        batch = Batch(_collate(views, seeds, *_targets(self.labeled, rows, views)), broken=broken)
         if self.unlabeled is not None and step >= self.burn_in and training.unlabeled_per_batch:
-            weak, strong, seeds = [], [], []
+            weak, strong, rows, seeds = [], [], [], []
             for position, rng in self._draws(step, part, 1, training.unlabeled_per_batch):
-                _, image = self._image(self.unlabeled, "unlabeled", position, broken)
+                index, image = self._image(self.unlabeled, "unlabeled", position, broken)
+                rows.append(index)
                 seeds.append(int(rng.integers(2**32)))
                 weak.append(weak_view(image, rng, data))
                 strong.append(strong_view(image, rng, data))
-            batch.weak, batch.strong = _collate(weak, seeds), _collate(strong, seeds)
+            # what the json says of an unlabelled image is for diagnostics, or what STAC's teacher found
+            known = len(self.unlabeled.annotations) > 0
+            batch.weak = _collate(weak, seeds, *(_targets(self.unlabeled, rows, weak) if known else ()))
+            taught = known and self.settings.method.name == "stac"
+            batch.strong = _collate(strong, seeds, *(_targets(self.unlabeled, rows, strong) if taught else ()))
         return batch
 
     def _draws(self, step: int, part: int, kind: int, count: int) -> Iterator[tuple[int, np.random.Generator]]:
@@ -189,6 +189,19 @@ def pad(images: list[np.ndarray]) -> torch.Tensor:
         row[:h, w:] = grey[w:]
         row[h:] = grey
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def _targets(dataset: CocoDataset, rows: list[int], views: list[View]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Boxes and labels of images in their views; boxes that are hardly in it are left out."""
+    boxes, labels = [], []
+    for row, view in zip(rows, views, strict=True):
+        box, label = dataset.targets(row)
+        size = torch.tensor(view.image.size[::-1])
+        projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
+        keep = (projected[:, 2:] - projected[:, :2]).amin(1) > 1
+        boxes.append(projected[keep])
+        labels.append(torch.from_numpy(label)[keep])
+    return boxes, labels
 
 
 def _collate(

@@ -165,18 +165,25 @@ def sample_rois(
     return RoIs(rois, torch.cat(roi_labels), torch.cat(targets), sampled)
 
 
-def classification_loss(logits: Tensor, rois: RoIs, weights: Tensor | None = None) -> Tensor:
+def classification_loss(
+    logits: Tensor, rois: RoIs, weights: Tensor | None = None, normalization: str = "weights"
+) -> Tensor:
     """Cross-entropy, weighted: sum(w * CE) / max(sum(w), 1). Without weights the mean.
 
     Args:
         logits: [R, C + 1].
         rois: their labels.
         weights: [R], 1 for positives, the reliability for negatives (Soft Teacher).
+        normalization: `weights`, see above; `paper`: the mean over positives plus the weighted mean over negatives
+            (paper, Eq. 4-5).
     """
     loss = F.cross_entropy(logits, rois.labels, reduction="none")
     if weights is None:
         return loss.sum() / rois.sampled
-    return (loss * weights).sum() / distributed.normalizer(weights.sum(), logits.device)
+    positive = rois.labels < logits.shape[1] - 1
+    parts = (positive, ~positive) if normalization == "paper" else (torch.ones_like(positive),)
+    means = [(loss * weights)[p].sum() / distributed.normalizer(weights[p].sum(), logits.device) for p in parts]
+    return torch.stack(means).sum()
 
 
 def regression_loss(deltas: Tensor, rois: RoIs) -> Tensor:

@@ -32,6 +32,7 @@ from softteacher.methods import build_method
 from softteacher.model_folder import ModelFolder
 from softteacher.storage import join
 from softteacher.training.checkpoint import Checkpoints
+from softteacher.training.self_label import self_label
 from softteacher.training.trainer import Trainer, run_training
 
 # the same weights come out, whatever these are; the batch counts as a whole
@@ -66,16 +67,19 @@ def train(
         `metrics.json`: AP and more of teacher and student.
 
     Raises:
-        UserError: bad input; nothing is left at `out` then.
+        UserError: bad input; nothing is left at `out` then (STAC: but the model that labels, once it is there).
         Stopped: the process was told to end; a checkpoint is written.
     """
     device = find_device(settings.training.device)
     with distributed.process_group(device):
         console.quiet = distributed.rank() > 0
         try:
-            return _train(
-                labeled, unlabeled, validation, out, settings, checkpoints or join(out, "checkpoints"), device
-            )
+            place = checkpoints or join(out, "checkpoints")
+            if settings.method.name == "stac" and not settings.method.label_model:
+                labeler, first = join(out, "labeler"), _with_method(settings, name="supervised")
+                _train(labeled, None, validation, labeler, first, join(place, "labeler"), device)
+                settings = _with_method(settings, label_model=labeler)
+            return _train(labeled, unlabeled, validation, out, settings, place, device)
         finally:
             console.quiet = False
 
@@ -102,16 +106,21 @@ def _train(
     student.to(memory_format=torch.channels_last)
     student.precision = find_precision(s.precision, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    trainer = Trainer(student, teacher, build_method(settings, student, teacher), settings, device)
+    frequency = {name: count / len(train_set) for name, count in train_set.class_counts().items()}
+    method = build_method(settings, student, teacher, frequency)
+    trainer = Trainer(student, teacher, method, settings, device)
     say(
         f"train: {settings.method.name}, {settings.detector.name}, {len(train_set.categories)} classes, "
         f"{len(train_set)} labelled and {len(extra or ())} unlabelled images, {s.iterations} iterations of "
         f"{_batch(settings)}, {distributed.world_size()} x {device}, {str(student.precision).removeprefix('torch.')}"
     )
 
-    def validate() -> dict[str, dict[str, Any]]:
+    if settings.method.name == "stac" and settings.method.label_model and extra is not None:
+        extra = self_label(settings.method.label_model, extra, train_set.categories, settings, device)
+
+    def validate(*names: str) -> dict[str, dict[str, Any]]:
         detectors = {"teacher": teacher, "student": student}
-        return {name: score(detector, val_set, settings, device)[0] for name, detector in detectors.items()}
+        return {name: score(detectors[name], val_set, settings, device)[0] for name in names}
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
         checkpoints = Checkpoints(place, run, s.keep_checkpoints)
@@ -121,14 +130,14 @@ def _train(
             say(f"train: goes on at step {trainer.progress.step} of {s.iterations}, from {place}")
         burn_in = round(settings.method.burn_in * s.iterations)
         parts = batches(train_set, extra, settings, start=trainer.progress.step, burn_in=burn_in)
-        run_training(
-            trainer, parts, sets, folder, checkpoints if main else None, validate if s.evaluate_every else None
-        )
+        # the student is scored at the end only, which halves what validations cost
+        teacher_only = (lambda: validate("teacher")) if s.evaluate_every else None
+        run_training(trainer, parts, sets, folder, checkpoints if main else None, teacher_only)
         best = trainer.progress.best
         if best:
             teacher.load_state_dict(best["teacher"])
             student.load_state_dict(best["student"])
-        metrics = best["metrics"] if best else validate()
+        metrics = best["metrics"] | validate("student") if best else validate("teacher", "student")
         if folder:
             provenance = {
                 "format": 1,
@@ -158,6 +167,10 @@ def _train(
         say(f"train: {trainer.progress.facts()['evaluation_share']:.0%} of the time went into validations")
     say(f"train: teacher AP {metrics['teacher']['AP']:.3f}, student AP {metrics['student']['AP']:.3f}{of} -> {out}")
     return metrics
+
+
+def _with_method(settings: Settings, **changes: str) -> Settings:
+    return settings.model_copy(update={"method": settings.method.model_copy(update=changes)})
 
 
 def _batch(settings: Settings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softteacher import distributed
@@ -29,7 +30,7 @@ class ClassThresholds:
 
     def __init__(self, settings: MethodSettings, frequency: Tensor) -> None:
         self.settings, self.frequency = settings, frequency
-        self.scores: Tensor | None = None  # [n, K] of the last images, n <= WINDOW
+        self.scores: Tensor | None = None  # [n, K] of the last images, n <= WINDOW; on the CPU
         self.labels: Tensor | None = None
         self.values: Tensor | None = None  # [C]
 
@@ -38,10 +39,8 @@ class ClassThresholds:
         if self.settings.threshold == "fixed":
             return
         parts = distributed.gather((scores.cpu(), labels.cpu()))
-        new = [torch.cat([part[n] for part in parts]).to(scores.device) for n in (0, 1)]
-        old_scores, old_labels = (self.scores, self.labels) if self.scores is not None else (new[0][:0], new[1][:0])
-        self.scores = torch.cat([old_scores, new[0]])[-WINDOW:]
-        self.labels = torch.cat([old_labels, new[1]])[-WINDOW:]  # type: ignore[list-item]
+        self.scores = _stack([self.scores, *(s for s, _ in parts)])[-WINDOW:]
+        self.labels = _stack([self.labels, *(n for _, n in parts)])[-WINDOW:]
         self.values = self._quantiles(self.scores, self.labels) if len(self.scores) >= FEWEST else None
 
     def above(self, found: Detections, fixed: float) -> Tensor:
@@ -74,8 +73,15 @@ class ClassThresholds:
         classes = labels.flatten()[order]
         classes, order = torch.where(flat > 0, classes, len(self.frequency)).sort(stable=True)
         flat = flat[order]  # class by class, best first; unused places last
-        bounds = torch.searchsorted(classes, torch.arange(len(self.frequency) + 1, device=classes.device))
-        wanted = self.settings.adaptive_share * self.frequency.to(flat.device) * len(scores)
+        bounds = torch.searchsorted(classes, torch.arange(len(self.frequency) + 1))
+        wanted = self.settings.adaptive_share * self.frequency.cpu() * len(scores)
         index = bounds[:-1] + wanted.round().long()
         enough = index < bounds[1:]
         return torch.where(enough, flat[index.clamp(max=len(flat) - 1)], 0.0)
+
+
+def _stack(parts: list[Tensor | None]) -> Tensor:
+    """Rows of different length under each other, filled up with 0."""
+    known = [part for part in parts if part is not None]
+    width = max(part.shape[1] for part in known)
+    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in known])

@@ -17,6 +17,8 @@ from softteacher.training.train import train
 from tests.samples import TINY, write_json
 
 TERMS = {"rpn_cls", "rpn_box", "cls", "box"}
+DIAGNOSTICS = {"reliability", "unsup_over_sup", "pseudo_precision", "pseudo_recall"}
+DIAGNOSTICS |= {f"teacher_scores/0.{n}" for n in range(10)}
 
 
 def run(manifests, out, *overrides, labeled=None, unlabeled=None, validation=None):
@@ -59,7 +61,7 @@ def test_training_log(trained):
     always = {"step", "loss", "lr", "images_per_second", "skipped", *TERMS}
     assert set(rows[0]) == always  # burn-in
     for row in rows[1:]:
-        assert set(row) == always | {f"unsup_{t}" for t in TERMS} | pseudo | {"reliability"}
+        assert set(row) == always | {f"unsup_{t}" for t in TERMS} | pseudo | DIAGNOSTICS
         assert row["pseudo_boxes_pool"] >= row["pseudo_boxes_cls"] > 0
         assert row["loss"] == pytest.approx(
             sum(v for k, v in row.items() if k.removeprefix("unsup_") in TERMS), rel=1e-3

@@ -70,6 +70,21 @@ def test_training_log(trained):
     assert all(np.isfinite(v) for row in rows for v in row.values())
 
 
+@pytest.mark.parametrize("name", ["soft_teacher", "mean_teacher"])
+def test_hidden_labels_are_never_trained_on(manifests, tmp_path, name):
+    """The weights are the same bits whether the unlabelled json has boxes or not; only the diagnostics differ."""
+    tree = json.loads((manifests / "unlabeled.json").read_text())
+    bare = write_json(tmp_path / "bare.json", {**tree, "annotations": [], "categories": []})
+    low = [f"method.{key}_threshold=0.06" for key in ("pool", "rpn", "cls")]
+    chosen = [f"method.name={name}", "training.log_every=4", *low]
+    run(manifests, tmp_path / "with", *chosen)
+    run(manifests, tmp_path / "without", *chosen, unlabeled=bare)
+    assert equal(weights(tmp_path / "with"), weights(tmp_path / "without"))
+    assert equal(weights(tmp_path / "with", "teacher"), weights(tmp_path / "without", "teacher"))
+    assert "pseudo_recall" in log(tmp_path / "with")[-1]
+    assert "pseudo_recall" not in log(tmp_path / "without")[-1]
+
+
 def test_tensorboard_events(trained):
     events = EventAccumulator(str(trained))
     events.Reload()

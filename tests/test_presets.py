@@ -33,5 +33,6 @@ def test_a_step(preset):
     assert trainer.progress.skipped == 0
     assert numbers["pseudo_boxes_pool"] > 0
     assert {k for k, v in numbers.items() if k.startswith("unsup_") and not v > 0} == set()
-    assert [k for k, p in student.named_parameters() if torch.equal(p, before[k])] == []
+    still = {k for k, p in student.named_parameters() if torch.equal(p, before[k])}
+    assert still <= {f"fpn.layer_blocks.{n}.0.bias" for n in (2, 3)}  # so few RoIs and anchors may be of other levels
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))

@@ -27,7 +27,9 @@ app = typer.Typer(
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; see `softteacher config`.")
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from; see `softteacher config`.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Settings to start from, a+b: b on top of a; see `softteacher config`.")
+]
 
 
 class MethodName(StrEnum):

@@ -79,21 +79,33 @@ class DetectorSettings(_Group):
         "fasterrcnn_resnet34_fpn",
         "fasterrcnn_resnet50_fpn",
         "fasterrcnn_resnet101_fpn",
+        "fasterrcnn_swin_t_fpn",
+        "fasterrcnn_swin_s_fpn",
+        "fasterrcnn_swin_b_fpn",
         "fasterrcnn_mobilenet_v2_fpn",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_mobilenet_v3_small_fpn",
         "fasterrcnn_tiny_fpn",
     ] = Field("fasterrcnn_resnet50_fpn", description="architecture")
     backbone_weights: str | None = Field(
         None, description="torchvision weights name (IMAGENET1K_V1), local path or s3:// URI; none: random"
     )
+    init_from: str | None = Field(
+        None,
+        description="model folder or state dict (.pt, .pth), local or s3://, whose detector this one starts from, "
+        "maybe of other classes",
+    )
     norm: Literal["auto", "frozen_batch", "group"] = Field(
         "auto",
-        description="of the backbone; auto: frozen_batch with backbone_weights, else group, which learns from nothing",
+        description="of the backbone; auto: frozen_batch with backbone_weights or init_from, else group, which learns "
+        "from nothing; Swin has layer norm in any case, tiny group norm",
     )
     frozen_stages: int = Field(
         1,
         ge=0,
         le=4,
-        description="backbone stages that stay as loaded, stem in the first; without backbone_weights none",
+        description="backbone stages that stay as loaded, stem or patch embedding in the first; none without "
+        "backbone_weights or init_from",
     )
     finest_stride: Literal[4, 8] = Field(
         4, description="of the finest pyramid level; 8 does without the level that takes most of the time"
@@ -178,6 +190,12 @@ class TrainingSettings(_Group):
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="adamw learns faster from nothing; lr about 0.001 then"
     )
+    reference_batch: int | None = Field(
+        None,
+        ge=1,
+        description="images per step, all processes together, that lr and iterations are meant for; with another "
+        "batch both follow: lr x batch/reference, iterations x reference/batch; none: they stay",
+    )
     lr: float = Field(0.01, gt=0, description="learning rate after warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of SGD")
@@ -250,7 +268,7 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
     """Settings of a preset with `key=value` overrides.
 
     Args:
-        preset: one of `presets()`; none for the defaults.
+        preset: one of `presets()`, or several joined by `+`, each on top of those before it; none for the defaults.
         overrides: e.g. `training.iterations=1000`, `data.scale_jitter=[0.8, 1.2]`; values are YAML, or `none`.
 
     Raises:
@@ -260,12 +278,13 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
         >>> load_settings("coco-10pct", ["training.seed=7"]).training.seed
         7
     """
-    if preset is None:
-        tree: dict[str, dict[str, Any]] = {}
-    elif preset in presets():
-        tree = yaml.safe_load(files("softteacher.presets").joinpath(f"{preset}.yaml").read_text())
-    else:
-        raise UserError(f"--preset {preset}: no such preset{_nearest(preset, presets())}")
+    tree: dict[str, dict[str, Any]] = {}
+    for part in preset.split("+") if preset is not None else ():
+        if part not in presets():
+            raise UserError(f"--preset {part}: no such preset{_nearest(part, presets())}")
+        text = files("softteacher.presets").joinpath(f"{part}.yaml").read_text()
+        for group, values in yaml.safe_load(text).items():
+            tree.setdefault(group, {}).update(values)
     known = [f"{g}.{k}" for g, model in Settings()._groups() for k in type(model).model_fields]
     for override in overrides:
         key, separator, text = override.partition("=")

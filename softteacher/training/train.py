@@ -44,6 +44,7 @@ _INDIFFERENT = {
         f"training.{key}"
         for key in ("labeled_per_batch", "unlabeled_per_batch", "checkpoint_every", "keep_checkpoints")
     ),
+    "training.reference_batch",  # what follows from it does matter
 }
 
 
@@ -87,6 +88,9 @@ def train(
 def _train(
     labeled: str, unlabeled: str | None, validation: str, out: str, settings: Settings, place: str, device: torch.device
 ) -> dict[str, Any]:
+    asked = settings.training
+    images = asked.accumulate * (asked.labeled_per_batch + asked.unlabeled_per_batch)
+    settings = for_batch(settings, distributed.world_size() * images)
     main, s = distributed.rank() == 0, settings.training
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
@@ -96,6 +100,11 @@ def _train(
     if done := distributed.once(lambda: _finished(out, run)):
         say(f"train: {out} holds the model of this very run; nothing to do")
         return done
+    if s != asked:
+        say(
+            f"train: lr {asked.lr:g} -> {s.lr:g}, iterations {asked.iterations} -> {s.iterations}: {s.reference_batch} "
+            f"images a step, training.reference_batch is {asked.reference_batch} (none would leave both as they are)"
+        )
     # broken images are not found out after days of training
     val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val"))
     if s.threads or "LOCAL_WORLD_SIZE" in os.environ:
@@ -171,6 +180,28 @@ def _train(
 
 def _with_method(settings: Settings, **changes: str) -> Settings:
     return settings.model_copy(update={"method": settings.method.model_copy(update=changes)})
+
+
+def for_batch(settings: Settings, images: int) -> Settings:
+    """The settings for a step of so many images: what was meant for `training.reference_batch` images follows.
+
+    lr goes with the batch (the linear scaling rule, arXiv 1706.02677) and iterations against it, so that as many images
+    are seen; the warm-up stays. `reference_batch` becomes `images`, so that nothing is scaled twice. Without a
+    `reference_batch` nothing changes.
+
+    Example:
+        >>> for_batch(load_settings("coco-10pct"), 5).training.iterations
+        1440000
+    """
+    s = settings.training
+    if s.reference_batch in {None, images}:
+        return settings
+    follows = {
+        "lr": s.lr * images / s.reference_batch,
+        "iterations": max(1, round(s.iterations * s.reference_batch / images)),
+        "reference_batch": images,
+    }
+    return settings.model_copy(update={"training": s.model_copy(update=follows)})
 
 
 def _batch(settings: Settings) -> str:

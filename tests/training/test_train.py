@@ -13,7 +13,7 @@ from softteacher.config import load_settings, read_settings
 from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, sha256
-from softteacher.training.train import train
+from softteacher.training.train import for_batch, train
 from tests.samples import TINY, write_json
 
 TERMS = {"rpn_cls", "rpn_box", "cls", "box"}
@@ -153,6 +153,57 @@ def test_soft_teacher_without_its_second_half_is_the_baseline(manifests, tmp_pat
     run(manifests, tmp_path / "baseline", "method.name=supervised")
     assert equal(weights(tmp_path / "ours"), weights(tmp_path / "baseline"))
     assert equal(weights(tmp_path / "ours", "teacher"), weights(tmp_path / "baseline", "teacher"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "images", "lr", "iterations"),
+    [
+        ("coco-10pct", 40, 0.01, 180_000),
+        ("coco-10pct", 5, 0.00125, 1_440_000),
+        ("coco-10pct", 80, 0.02, 90_000),
+        ("coco-10pct", 15, 0.00375, 480_000),
+        ("coco-10pct", 7, 0.00175, 1_028_571),
+        ("coco-full", 64, 0.01, 720_000),
+        ("coco-full-r101", 32, 0.005, 2_160_000),
+        ("coco-full-swin", 8, 0.0000125, 5_760_000),
+        ("coco-1pct+demo", 20, 0.0005, 1_400),
+        ("coco-1pct+demo", 10**6, 25.0, 1),
+        ("demo", 5, 0.001, 700),
+    ],
+)
+def test_lr_and_iterations_follow_the_batch(preset, images, lr, iterations):
+    asked = load_settings(preset)
+    found = for_batch(asked, images)
+    assert (found.training.lr, found.training.iterations) == (pytest.approx(lr, rel=1e-12), iterations)
+    assert found.training.reference_batch == (images if asked.training.reference_batch else None)
+    kept = {"lr", "iterations", "reference_batch"}
+    assert found.training.model_dump(exclude=kept) == asked.training.model_dump(exclude=kept)
+    assert found.model_dump(exclude={"training"}) == asked.model_dump(exclude={"training"})
+    assert for_batch(found, images) == found
+
+
+def test_what_follows_is_said_trained_and_kept(manifests, tmp_path, capsys):
+    """A run that was cut off derives the same again, and so does one with the settings of the model."""
+    chosen = ["training.reference_batch=6", "training.lr=0.003", "training.log_every=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "softteacher.training.train.ModelFolder.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(manifests, tmp_path / "m", *chosen)
+    said = capsys.readouterr().err
+    assert "train: lr 0.003 -> 0.002, iterations 4 -> 6: 4 images a step, training.reference_batch is 6" in said
+    run(manifests, tmp_path / "m", *chosen)
+    assert "goes on at step 6 of 6" in capsys.readouterr().err
+    kept = read_settings(tmp_path / "m" / "settings.yaml").training
+    assert (kept.lr, kept.iterations, kept.reference_batch) == (0.002, 6, 4)
+    assert [row["step"] for row in log(tmp_path / "m")] == list(range(1, 7))
+    assert log(tmp_path / "m")[-1]["lr"] < 0.002
+    for again in (chosen, ["training.reference_batch=4", "training.lr=0.002", "training.iterations=6"]):
+        run(manifests, tmp_path / "m", *again)
+        said = capsys.readouterr().err
+        assert "nothing to do" in said
+        assert "->" not in said
 
 
 @pytest.mark.parametrize("kind", ["none", "empty folder", "empty json"])

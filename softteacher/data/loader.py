@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from softteacher.config import Settings
 from softteacher.data.cache import ImageCache
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
-from softteacher.data.images import PAD, BadImage
+from softteacher.data.images import PAD, BadImage, original_size
+from softteacher.data.masks import draw_masks
 from softteacher.data.views import View, labeled_view, largest_short_side, project_boxes, strong_view, weak_view
 from softteacher.errors import UserError
 
@@ -34,6 +36,7 @@ class Views:
         boxes: B x [n, 4] float32, xyxy in view pixels; empty without labels.
         labels: B x [n] int64.
         seeds: B seeds of what a method draws for an image (samples, jitter), below 2**32.
+        masks: B x [n, h, w] bool, of the boxes, at the view's size before padding; none unless the detector has masks.
     """
 
     images: torch.Tensor
@@ -42,6 +45,7 @@ class Views:
     boxes: list[torch.Tensor]
     labels: list[torch.Tensor]
     seeds: list[int]
+    masks: list[torch.Tensor] | None = None
 
     def noise(self) -> list[torch.Generator]:
         """A generator for each image, so that its draws don't depend on what else is in the batch."""
@@ -56,6 +60,7 @@ class Views:
             [b.to(device) for b in self.boxes],
             [n.to(device) for n in self.labels],
             self.seeds,
+            None if self.masks is None else [m.to(device, non_blocking=True) for m in self.masks],
         )
 
 
@@ -127,7 +132,7 @@ class _Steps(Dataset):
     def _batch(self, step: int, part: int) -> Batch:
         training, data = self.settings.training, self.settings.data
         broken: dict[str, list[str]] = {}
-        views, boxes, labels, seeds = [], [], [], []
+        views, boxes, labels, masks, seeds = [], [], [], [], []
         for position, rng in self._draws(step, part, 0, training.labeled_per_batch):
             index, image = self._image(self.labeled, "labeled", position, broken)
             seeds.append(int(rng.integers(2**32)))
@@ -139,7 +144,12 @@ class _Steps(Dataset):
             views.append(view)
             boxes.append(projected[keep])
             labels.append(torch.from_numpy(label)[keep])
-        batch = Batch(_collate(views, seeds, boxes, labels), broken=broken)
+            if self.settings.detector.masks:
+                kept = list(itertools.compress(self.labeled.segmentations(index), keep.tolist()))
+                original = original_size(image)[::-1]
+                masks.append(torch.from_numpy(draw_masks(kept, original, view.matrix, view.image.size[::-1])))
+        collated = _collate(views, seeds, boxes, labels)
+        batch = Batch(replace(collated, masks=masks) if self.settings.detector.masks else collated, broken=broken)
         if self.unlabeled is not None and step >= self.burn_in and training.unlabeled_per_batch:
             weak, strong, seeds = [], [], []
             for position, rng in self._draws(step, part, 1, training.unlabeled_per_batch):

@@ -12,6 +12,8 @@ from torch import Tensor
 from softteacher.config import Settings
 from softteacher.data.loader import Batch
 from softteacher.detectors.base import Detector
+from softteacher.detectors.mask_rcnn import MaskRCNN
+from softteacher.methods.mask_soft_teacher import MaskSoftTeacher
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.methods.supervised import Supervised
 
@@ -26,4 +28,6 @@ class Method(Protocol):
 def build_method(settings: Settings, student: Detector, teacher: Detector) -> Method:
     """The method that `method.name` names."""
     methods: dict[str, Any] = {"soft_teacher": SoftTeacher, "supervised": Supervised}
+    if isinstance(student, MaskRCNN):
+        methods["soft_teacher"] = MaskSoftTeacher
     return methods[settings.method.name](student, teacher, settings)

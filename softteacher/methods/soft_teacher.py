@@ -35,10 +35,12 @@ class PseudoBoxes:
     Attributes:
         detections: the teacher's boxes with a score above `pool_threshold`.
         variance: [N] box regression variance (paper, Eq. 6-8).
+        weak_boxes: [N, 4] where the teacher found them, in the weak view.
     """
 
     detections: Detections
     variance: Tensor
+    weak_boxes: Tensor
 
 
 class SoftTeacher:
@@ -88,7 +90,7 @@ class SoftTeacher:
         for d, variance, matrix, size in zip(found, variances, to_strong, strong.sizes, strict=True):
             projected = project_boxes(d.boxes, matrix, size)
             keep = (projected[:, 2:] - projected[:, :2]).amin(1) > MIN_SIDE
-            pool.append(PseudoBoxes(Detections(projected, d.scores, d.labels)[keep], variance[keep]))
+            pool.append(PseudoBoxes(Detections(projected, d.scores, d.labels)[keep], variance[keep], d.boxes[keep]))
         return pool
 
     def box_variance(
@@ -155,6 +157,10 @@ class SoftTeacher:
         losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights)
         losses["box"] = regression_loss(deltas[~is_cls], reg_rois)
 
+        in_weak = [Detections(p.weak_boxes, p.detections.scores, p.detections.labels) for p in pool]
+        sure = [d[d.scores > s.cls_threshold] for d in in_weak]
+        losses |= self.further_losses(features, cls_rois, sure, teacher_features, to_strong)
+
         count = len(pool)
         negative = cls_rois.labels == self.student.classes
         facts = {
@@ -164,6 +170,25 @@ class SoftTeacher:
         facts["pseudo_boxes_pool"] = sum(len(p.variance) for p in pool) / count
         facts["reliability"] = float(weights[negative].mean()) if negative.any() else 1.0
         return losses, facts
+
+    def further_losses(
+        self,
+        features: list[Tensor],
+        rois: RoIs,
+        sure: list[Detections],
+        teacher_features: list[Tensor],
+        to_strong: Tensor,
+    ) -> dict[str, Tensor]:
+        """Loss terms of other heads than Faster R-CNN's: here none.
+
+        Args:
+            features: the student's pyramid of the strong views.
+            rois: sampled for the classification.
+            sure: the pseudo boxes that teach the classification, in the weak views.
+            teacher_features: the teacher's pyramid of the weak views.
+            to_strong: [B, 3, 3], weak -> strong view.
+        """
+        return {}
 
     @torch.no_grad()
     def reliability(self, teacher_features: list[Tensor], rois: RoIs, weak: Views, to_strong: Tensor) -> Tensor:

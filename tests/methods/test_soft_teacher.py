@@ -152,7 +152,8 @@ def test_reliability_is_1_on_positives_and_the_teachers_background_score_on_nega
     soft_teacher = method()
     weak = noise_views(2)
     boxes = [torch.tensor([[4.0, 4, 30, 30], [20, 20, 60, 50]]), torch.tensor([[1.0, 1, 20, 40]])]
-    rois = RoIs(boxes, torch.tensor([1, CLASSES, CLASSES]), torch.cat(boxes), torch.tensor(3.0))
+    labels = torch.tensor([1, CLASSES, CLASSES])
+    rois = RoIs(boxes, labels, torch.cat(boxes), torch.tensor(3.0), torch.tensor([0, -1, -1]))
     with torch.no_grad():
         features = soft_teacher.teacher.features(weak.images)
         weights = soft_teacher.reliability(features, rois, weak, torch.eye(3).double().repeat(2, 1, 1))

@@ -129,7 +129,9 @@ def evaluate(
     from softteacher.evaluation.evaluate import evaluate as run
 
     metrics = run(model, data, out, weights=weights.value if weights else None)
-    _facts({key: round(metrics[key], 4) for key in ("AP", "AP50", "AP75")})
+    masks = {f"segm_{key}": value for key, value in metrics.get("segm", {}).items()}
+    keys = ("AP", "AP50", "AP75", "segm_AP", "segm_AP50", "segm_AP75")
+    _facts({key: round((metrics | masks)[key], 4) for key in keys if key in metrics | masks})
 
 
 @app.command(epilog="Example: softteacher export --model model --out onnx")

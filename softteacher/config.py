@@ -72,7 +72,7 @@ class DataSettings(_Group):
 
 
 class DetectorSettings(_Group):
-    """Faster R-CNN on a feature pyramid."""
+    """Faster R-CNN, or Mask R-CNN, on a feature pyramid."""
 
     name: Literal[
         "fasterrcnn_resnet18_fpn",
@@ -86,6 +86,17 @@ class DetectorSettings(_Group):
         "fasterrcnn_mobilenet_v3_large_fpn",
         "fasterrcnn_mobilenet_v3_small_fpn",
         "fasterrcnn_tiny_fpn",
+        "maskrcnn_resnet18_fpn",
+        "maskrcnn_resnet34_fpn",
+        "maskrcnn_resnet50_fpn",
+        "maskrcnn_resnet101_fpn",
+        "maskrcnn_swin_t_fpn",
+        "maskrcnn_swin_s_fpn",
+        "maskrcnn_swin_b_fpn",
+        "maskrcnn_mobilenet_v2_fpn",
+        "maskrcnn_mobilenet_v3_large_fpn",
+        "maskrcnn_mobilenet_v3_small_fpn",
+        "maskrcnn_tiny_fpn",
     ] = Field("fasterrcnn_resnet50_fpn", description="architecture")
     backbone_weights: str | None = Field(
         None, description="torchvision weights name (IMAGENET1K_V1), local path or s3:// URI; none: random"
@@ -114,6 +125,7 @@ class DetectorSettings(_Group):
     head_channels: int = Field(
         1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"
     )
+    mask_channels: int = Field(256, ge=8, le=1024, description="maskrcnn: width of the mask head's convolutions")
     anchor_scale: float = Field(8.0, gt=0, description="anchor side over the stride of its level")
     pre_nms_train: int = Field(
         2000, ge=1, description="anchors kept per level before NMS, in training and by the teacher"
@@ -127,6 +139,11 @@ class DetectorSettings(_Group):
     score_threshold: Share = Field(0.05, description="detections under this score are dropped")
     nms_threshold: Share = Field(0.5, description="IoU of the class-wise NMS")
     max_detections: int = Field(100, ge=1, le=1000, description="detections per image")
+
+    @property
+    def masks(self) -> bool:
+        """Whether it learns and answers masks beside boxes."""
+        return self.name.startswith("maskrcnn_")
 
 
 class MethodSettings(_Group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from softteacher.config import Settings
 from softteacher.data.cache import ImageCache
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
-from softteacher.data.images import PAD, BadImage
+from softteacher.data.images import PAD, BadImage, original_size
+from softteacher.data.masks import draw_masks
 from softteacher.data.views import View, labeled_view, largest_short_side, project_boxes, strong_view, weak_view
 from softteacher.errors import UserError
 
@@ -35,6 +37,7 @@ class Views:
             of unlabelled images, if their json has any: for diagnostics, never for a loss.
         labels: B x [n] int64.
         seeds: B seeds of what a method draws for an image (samples, jitter), below 2**32.
+        masks: B x [n, h, w] bool, of the boxes, at the view's size before padding; none unless the detector has masks.
     """
 
     images: torch.Tensor
@@ -43,6 +46,7 @@ class Views:
     boxes: list[torch.Tensor]
     labels: list[torch.Tensor]
     seeds: list[int]
+    masks: list[torch.Tensor] | None = None
 
     def noise(self) -> list[torch.Generator]:
         """A generator for each image, so that its draws don't depend on what else is in the batch."""
@@ -57,6 +61,7 @@ class Views:
             [b.to(device) for b in self.boxes],
             [n.to(device) for n in self.labels],
             self.seeds,
+            None if self.masks is None else [m.to(device, non_blocking=True) for m in self.masks],
         )
 
 
@@ -128,13 +133,17 @@ class _Steps(Dataset):
     def _batch(self, step: int, part: int) -> Batch:
         training, data = self.settings.training, self.settings.data
         broken: dict[str, list[str]] = {}
-        views, rows, seeds = [], [], []
+        views, rows, seeds, originals = [], [], [], []
         for position, rng in self._draws(step, part, 0, training.labeled_per_batch):
             index, image = self._image(self.labeled, "labeled", position, broken)
             seeds.append(int(rng.integers(2**32)))
             views.append(labeled_view(image, rng, data))
             rows.append(index)
-        batch = Batch(_collate(views, seeds, *_targets(self.labeled, rows, views)), broken=broken)
+            originals.append(original_size(image)[::-1])
+        collated = _collate(views, seeds, *_targets(self.labeled, rows, views))
+        if self.settings.detector.masks:
+            collated.masks = _masks(self.labeled, rows, views, originals)
+        batch = Batch(collated, broken=broken)
         if self.unlabeled is not None and step >= self.burn_in and training.unlabeled_per_batch:
             weak, strong, rows, seeds = [], [], [], []
             for position, rng in self._draws(step, part, 1, training.unlabeled_per_batch):
@@ -196,12 +205,28 @@ def _targets(dataset: CocoDataset, rows: list[int], views: list[View]) -> tuple[
     boxes, labels = [], []
     for row, view in zip(rows, views, strict=True):
         box, label = dataset.targets(row)
-        size = torch.tensor(view.image.size[::-1])
-        projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
-        keep = (projected[:, 2:] - projected[:, :2]).amin(1) > 1
+        projected, keep = _visible(box, view)
         boxes.append(projected[keep])
         labels.append(torch.from_numpy(label)[keep])
     return boxes, labels
+
+
+def _masks(
+    dataset: CocoDataset, rows: list[int], views: list[View], originals: list[tuple[int, int]]
+) -> list[torch.Tensor]:
+    """The masks of the boxes that `_targets` gives; originals: (height, width) of the images."""
+    masks = []
+    for row, view, original in zip(rows, views, originals, strict=True):
+        kept = list(itertools.compress(dataset.segmentations(row), _visible(dataset.targets(row)[0], view)[1].tolist()))
+        masks.append(torch.from_numpy(draw_masks(kept, original, view.matrix, view.image.size[::-1])))
+    return masks
+
+
+def _visible(box: np.ndarray, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes of the original image in a view, and which of them are not hardly in it."""
+    size = torch.tensor(view.image.size[::-1])
+    projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
+    return projected, (projected[:, 2:] - projected[:, :2]).amin(1) > 1
 
 
 def _collate(

@@ -5,24 +5,33 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from softteacher.detections import Detections
 
 
 def draw(
-    image: Image.Image, detections: Detections, classes: Sequence[str], truth: Detections | None = None
+    image: Image.Image,
+    detections: Detections,
+    classes: Sequence[str],
+    truth: Detections | None = None,
+    masks: Sequence[np.ndarray] = (),
 ) -> Image.Image:
-    """A copy of an image with boxes, class names and scores; ground truth is dashed in white.
+    """A copy of an image with boxes, class names and scores, masks half-transparent; ground truth is dashed in white.
 
     Args:
         image: RGB.
         detections: boxes in its pixels (numpy).
         classes: names in label order.
         truth: ground truth, if known.
+        masks: [H, W] bool of each detection, if the detector has masks.
     """
     zoom = max(1, round(480 / max(image.size)))  # small images are blown up, or no name could be read
     picture = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
+    for mask, label in zip(masks, detections.labels.tolist(), strict=False):
+        alpha = Image.fromarray(mask.astype(np.uint8) * 128).resize(picture.size, Image.Resampling.NEAREST)
+        picture.paste(_colour(label), (0, 0), alpha)
     canvas = ImageDraw.Draw(picture)
     unit = max(picture.size) / 480
     font = ImageFont.load_default(size=round(13 * unit))
@@ -31,7 +40,7 @@ def draw(
     for box, score, label in zip(
         detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
     ):
-        red, green, blue = (round(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 0.95))
+        red, green, blue = _colour(label)
         x1, y1, x2, y2 = (v * zoom for v in box)
         canvas.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=(red, green, blue), width=round(max(2, 2 * unit)))
         text = f"{classes[label]} {score:.2f}"
@@ -41,6 +50,11 @@ def draw(
         luminance = 0.3 * red + 0.59 * green + 0.11 * blue
         canvas.text((x1 + 3 - left, y + 2 - top), text, font=font, fill="black" if luminance > 140 else "white")
     return picture
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _dashed(canvas: ImageDraw.ImageDraw, box: Sequence[float], width: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from softteacher import storage
 from softteacher.console import say
 from softteacher.data.coco import load_coco
+from softteacher.data.masks import require_masks
 from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
 from softteacher.evaluation.inference import score
@@ -25,8 +26,8 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
         weights: score only these; otherwise both, and detections and report are the teacher's.
 
     Returns:
-        What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, and the same
-        under `teacher` and `student`.
+        What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, of masks under
+        `segm`, and the same under `teacher` and `student`.
 
     Raises:
         UserError: bad input; nothing is written then.
@@ -39,14 +40,18 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
                 f"{data}: its classes are not those that {model} was trained on; use a data set with the same"
             )
         settings = source.settings
+        if settings.detector.masks:
+            require_masks(dataset)
         device = find_device(settings.training.device)
         scored: dict[str, Any] = {}
         for name in [weights] if weights else WEIGHTS:
             detector = source.detector(name).to(device)
             detector.precision = find_precision(settings.training.precision, device)
             scored[name] = score(detector, dataset, settings, device)
-            ap = scored[name][0]
-            say(f"evaluate: {name} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")
+            of_boxes = scored[name][0]
+            for what, ap in (("", of_boxes), (" masks", of_boxes.get("segm"))):
+                if ap:
+                    say(f"evaluate: {name}{what} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")
         shown: Weights = weights or "teacher"
         numbers, results, readable = scored[shown]
         metrics = numbers | {"weights": shown} | {name: found[0] for name, found in scored.items()}

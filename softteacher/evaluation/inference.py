@@ -80,4 +80,4 @@ def score(
     found = detect_dataset(detector, dataset, settings, device)
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     results = coco_results(dataset, found)
-    return distributed.once(lambda: coco_metrics(dataset, results)), results, dataset
+    return distributed.once(lambda: coco_metrics(dataset, results, settings.detector.masks)), results, dataset

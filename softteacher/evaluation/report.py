@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from faster_coco_eval.core import mask as coco_mask
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -49,11 +50,15 @@ def write_report(
         metrics=metrics,
         keys=KEYS,
         columns=columns,
+        tables=[
+            (title, [(name, m) for name in columns if (m := metrics[name].get(key) if key else metrics[name])])
+            for title, key in (("COCO numbers", None), ("COCO numbers of the masks", "segm"))
+        ],
         curve=_curve(metrics["curve"]),
         classes=[(name, counts[name], [metrics[c]["per_class"][name] for c in columns]) for name in dataset.classes],
         galleries=[
-            ("Best images", [_card(dataset, i, found) for i in reversed(scored[-GALLERY:])]),
-            ("Worst images", [_card(dataset, i, found) for i in scored[:GALLERY]]),
+            ("Best images", [_card(dataset, i, found, results) for i in reversed(scored[-GALLERY:])]),
+            ("Worst images", [_card(dataset, i, found, results) for i in scored[:GALLERY]]),
         ],
         provenance=provenance,
         images=len(dataset),
@@ -89,11 +94,15 @@ def _image_f1(dataset: CocoDataset, index: int, found: dict[int, Detections]) ->
     return 2 * float(best[best > 0.5].sum()) / (len(boxes) + len(d))
 
 
-def _card(dataset: CocoDataset, index: int, found: dict[int, Detections]) -> tuple[str, str]:
+def _card(
+    dataset: CocoDataset, index: int, found: dict[int, Detections], results: list[dict[str, Any]]
+) -> tuple[str, str]:
     record = dataset.images[index]
     boxes, labels = dataset.targets(index)
     truth = Detections(boxes, np.ones(len(boxes)), labels)
-    picture = draw(read_image(dataset, index)[0], found[record.id], dataset.classes, truth)
+    shown = [r for r in results if r["image_id"] == record.id and r["score"] > SHOWN_SCORE]
+    masks = [coco_mask.decode(r["segmentation"]) > 0 for r in shown if "segmentation" in r]
+    picture = draw(read_image(dataset, index)[0], found[record.id], dataset.classes, truth, masks)
     picture.thumbnail((640, 640))
     return _inline(picture), f"{record.file_name} (id {record.id})"
 

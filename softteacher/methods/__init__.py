@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from softteacher.config import Settings
 from softteacher.detectors.base import Detector
+from softteacher.detectors.mask_rcnn import MaskRCNN
 from softteacher.methods.base import Method
+from softteacher.methods.mask_soft_teacher import MaskSoftTeacher
 from softteacher.methods.mean_teacher import MeanTeacher
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.methods.stac import Stac
@@ -27,4 +29,7 @@ def build_method(settings: Settings, student: Detector, teacher: Detector, frequ
         teacher: its moving average.
         frequency: labelled boxes per labelled image, by class name in label order.
     """
-    return METHODS[settings.method.name](student, teacher, settings, frequency)
+    method = METHODS[settings.method.name]
+    if method is SoftTeacher and isinstance(student, MaskRCNN):
+        method = MaskSoftTeacher
+    return method(student, teacher, settings, frequency)

@@ -34,10 +34,12 @@ class PseudoBoxes:
     Attributes:
         detections: the teacher's boxes with a score above `pool_threshold`.
         variance: [N] box regression variance (paper, Eq. 6-8); none where box jittering is switched off.
+        found: the same boxes where the teacher found them, in the weak view.
     """
 
     detections: Detections
     variance: Tensor | None
+    found: Detections
 
 
 class SoftTeacher(TeacherMethod):
@@ -92,6 +94,8 @@ class SoftTeacher(TeacherMethod):
         losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization)
         losses["box"] = regression_loss(deltas[~is_cls], reg_rois)
 
+        sure = [self.confident(p.found, s.cls_threshold) for p in pool]
+        losses |= self.further_losses(features, cls_rois, sure, part)
         facts = {
             f"pseudo_boxes_{k}": sum(map(len, b)) / len(pool)
             for k, b in (("rpn", for_rpn), ("cls", for_cls), ("reg", for_reg), ("pool", [p.detections for p in pool]))
@@ -99,6 +103,23 @@ class SoftTeacher(TeacherMethod):
         negative = cls_rois.labels == self.student.classes
         facts["reliability"] = float(weights[negative].mean()) if negative.any() else 1.0
         return losses, facts
+
+    def further_losses(
+        self,
+        features: list[Tensor],
+        rois: RoIs,
+        sure: list[Detections],
+        part: Unlabeled,
+    ) -> dict[str, Tensor]:
+        """Loss terms of other heads than Faster R-CNN's: here none.
+
+        Args:
+            features: the student's pyramid of the strong views.
+            rois: sampled for the classification.
+            sure: the pseudo boxes that teach the classification, in the weak views.
+            part: the teacher's features, and where the views lie.
+        """
+        return {}
 
     @torch.no_grad()
     def pseudo_boxes(self, found: list[Detections], part: Unlabeled) -> list[PseudoBoxes]:
@@ -109,7 +130,7 @@ class SoftTeacher(TeacherMethod):
         pool = []
         for d, variance, matrix, size in zip(found, variances, part.to_strong, part.strong.sizes, strict=True):
             moved, keep = to_strong_view(d, matrix, size)
-            pool.append(PseudoBoxes(moved, None if variance is None else variance[keep]))
+            pool.append(PseudoBoxes(moved, None if variance is None else variance[keep], d[keep]))
         return pool
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from softteacher.console import console, say
 from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
+from softteacher.data.masks import require_masks
 from softteacher.data.split import images_only
 from softteacher.detectors.build import build
 from softteacher.device import find_device, find_precision
@@ -94,6 +95,9 @@ def _train(
     main, s = distributed.rank() == 0, settings.training
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
+    if settings.detector.masks:
+        require_masks(train_set)
+        require_masks(val_set)
     extra = _unlabeled(unlabeled, train_set, settings)
     sets = {"labeled": train_set} | ({"unlabeled": extra} if extra else {})
     run = _identity(settings, {**sets, "validation": val_set})
@@ -216,7 +220,11 @@ def _identity(settings: Settings, sets: dict[str, CocoDataset]) -> dict[str, Any
     tree = settings.model_dump(mode="json")
     flat = {f"{group}.{key}": value for group, values in tree.items() for key, value in values.items()}
     kept = {k: v for k, v in flat.items() if k not in _INDIFFERENT and not k.startswith(("export.", "data.cache_"))}
-    return {**kept, "batch": _batch(settings), **{f"data set {name}": d.fingerprint() for name, d in sets.items()}}
+    prints = {
+        f"data set {name}": d.fingerprint(masks=settings.detector.masks and name != "unlabeled")
+        for name, d in sets.items()
+    }
+    return {**kept, "batch": _batch(settings), **prints}
 
 
 def _finished(out: str, run: dict[str, Any]) -> dict[str, Any] | None:

@@ -163,7 +163,8 @@ def test_reliability(kind):
         p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     weak = noise_views(2)
     boxes = [torch.tensor([[4.0, 4, 30, 30], [20, 20, 60, 50]]), torch.tensor([[1.0, 1, 20, 40]])]
-    rois = RoIs(boxes, torch.tensor([1, CLASSES, CLASSES]), torch.cat(boxes), torch.tensor(3.0))
+    labels = torch.tensor([1, CLASSES, CLASSES])
+    rois = RoIs(boxes, labels, torch.cat(boxes), torch.tensor(3.0), torch.tensor([0, -1, -1]))
     taught = [Detections(torch.tensor([[20.0, 20, 60, 70]]), torch.ones(1), torch.ones(1).long()), none_found()]
     with torch.no_grad():
         features = soft_teacher.teacher.features(weak.images)

@@ -178,6 +178,9 @@ class MethodSettings(_Group):
     variance_normalization: Literal["own_side", "mean_side"] = Field(
         "own_side", description="each coordinate over its own side, or all over half of width + height (Eq. 7)"
     )
+    mixup: Share = Field(
+        0.0, description="share of the steps whose strong views are laid over each other in pairs (MixPL)"
+    )
     ema_momentum: float = Field(0.999, ge=0, lt=1, description="momentum of the teacher")
     ema_ramp: bool = Field(True, description="reach it as 1 - 1/(iteration + 1); false: from the first step (paper)")
     label_model: str | None = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from softteacher.config import Settings
 from softteacher.detectors.base import Detector
 from softteacher.detectors.mask_rcnn import MaskRCNN
+from softteacher.errors import UserError
 from softteacher.methods.base import Method
 from softteacher.methods.mask_soft_teacher import MaskSoftTeacher
 from softteacher.methods.mean_teacher import MeanTeacher
@@ -28,8 +29,13 @@ def build_method(settings: Settings, student: Detector, teacher: Detector, frequ
         student: learns.
         teacher: its moving average.
         frequency: labelled boxes per labelled image, by class name in label order.
+
+    Raises:
+        UserError: the method can't do this with this detector.
     """
     method = METHODS[settings.method.name]
     if method is SoftTeacher and isinstance(student, MaskRCNN):
         method = MaskSoftTeacher
+        if settings.method.mixup:
+            raise UserError("method.mixup: a mask can't be laid over another; set it to 0 for a maskrcnn detector")
     return method(student, teacher, settings, frequency)

@@ -25,6 +25,7 @@ from softteacher.detectors.losses import (
     sample_rois,
 )
 from softteacher.methods.base import TeacherMethod, Unlabeled, to_strong_view
+from softteacher.methods.mixing import mix_boxes, mix_views, other_half
 
 
 @dataclass
@@ -54,6 +55,9 @@ class SoftTeacher(TeacherMethod):
         """See `TeacherMethod`: each loss has pseudo boxes of its own."""
         s, d, strong = self.settings, self.student.settings, part.strong
         pool = self.pseudo_boxes(found, part)
+        mixed = s.mixup > 0 and torch.rand(1, generator=part.noise[0], device=part.noise[0].device).item() < s.mixup
+        if mixed:
+            pool, strong = mix_boxes(pool), mix_views(strong)
         for_rpn, for_cls = (
             [self.confident(p.detections, threshold) for p in pool] for threshold in (s.rpn_threshold, s.cls_threshold)
         )
@@ -91,6 +95,8 @@ class SoftTeacher(TeacherMethod):
             [torch.arange(len(c) + len(r)) < len(c) for c, r in zip(cls_rois.boxes, reg_rois.boxes, strict=True)]
         )
         weights = self.reliability(cls_rois, logits[is_cls], for_cls, part)
+        if mixed:  # background is what is background in both
+            weights = weights * self.reliability(cls_rois, logits[is_cls], for_cls, other_half(part))
         losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization)
         losses["box"] = regression_loss(deltas[~is_cls], reg_rois)
 

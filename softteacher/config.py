@@ -366,6 +366,6 @@ def _as_number(text: str) -> Any:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    tail = [k for k in known if k.endswith("." + word)]  # `--set iterations=5`
+    tail = [k for k in known if k.endswith("." + word) or f"_{word}_" in k]  # `--set iterations=5`, or a backbone alone
     close = tail or difflib.get_close_matches(word, known, n=1, cutoff=0.4 if len(known) < 12 else 0)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"

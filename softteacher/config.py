@@ -217,6 +217,12 @@ class TrainingSettings(_Group):
         "batch both follow: lr x batch/reference, iterations x reference/batch; none: they stay",
     )
     lr: float = Field(0.01, gt=0, description="learning rate after warm-up")
+    backbone_lr: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of the backbone over lr; pretrained ones keep what they know with less",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of SGD")
     warmup_iterations: int = Field(500, ge=0, description="linear warm-up of the learning rate")

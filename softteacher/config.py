@@ -221,7 +221,7 @@ class TrainingSettings(_Group):
         1.0,
         gt=0,
         le=1,
-        description="learning rate of the backbone over lr; pretrained ones keep what they know with less",
+        description="learning rate of the backbone over lr; pretrained ones want less",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of SGD")

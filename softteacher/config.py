@@ -72,7 +72,7 @@ class DataSettings(_Group):
 
 
 class DetectorSettings(_Group):
-    """Faster R-CNN on a feature pyramid."""
+    """Faster R-CNN or FCOS on a feature pyramid."""
 
     name: Literal[
         "fasterrcnn_resnet18_fpn",
@@ -81,6 +81,12 @@ class DetectorSettings(_Group):
         "fasterrcnn_resnet101_fpn",
         "fasterrcnn_mobilenet_v2_fpn",
         "fasterrcnn_tiny_fpn",
+        "fcos_resnet18_fpn",
+        "fcos_resnet34_fpn",
+        "fcos_resnet50_fpn",
+        "fcos_resnet101_fpn",
+        "fcos_mobilenet_v2_fpn",
+        "fcos_tiny_fpn",
     ] = Field("fasterrcnn_resnet50_fpn", description="architecture")
     backbone_weights: str | None = Field(
         None, description="torchvision weights name (IMAGENET1K_V1), local path or s3:// URI; none: random"
@@ -96,12 +102,13 @@ class DetectorSettings(_Group):
         description="backbone stages that stay as loaded, stem in the first; without backbone_weights none",
     )
     finest_stride: Literal[4, 8] = Field(
-        4, description="of the finest pyramid level; 8 does without the level that takes most of the time"
+        4, description="of the finest pyramid level; 8 does without the level that takes most of the time. FCOS: 8"
     )
     fpn_channels: int = Field(256, ge=8, le=1024, description="channels of every pyramid level")
     head_channels: int = Field(
         1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"
     )
+    head_convs: int = Field(4, ge=1, le=8, description="FCOS: 3x3 convolutions of each branch of the head")
     anchor_scale: float = Field(8.0, gt=0, description="anchor side over the stride of its level")
     pre_nms_train: int = Field(
         2000, ge=1, description="anchors kept per level before NMS, in training and by the teacher"

@@ -16,6 +16,7 @@ from softteacher.config import DetectorSettings
 from softteacher.console import say
 from softteacher.detectors.base import Detector
 from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.detectors.fcos import FCOS
 from softteacher.detectors.layers import fold_frozen_norms
 from softteacher.errors import UserError
 
@@ -37,7 +38,7 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
             "detector.backbone_weights: none given, but detector.norm=frozen_batch can't learn without; give a "
             "torchvision name (IMAGENET1K_V1), a path or an s3:// URI, or set detector.norm=auto"
         )
-    name = settings.name.removeprefix("fasterrcnn_").removesuffix("_fpn")
+    kind, name = settings.name.removesuffix("_fpn").split("_", 1)
     frozen_norm = settings.norm == "frozen_batch" or (settings.norm == "auto" and pretrained)
     norm: Any = FrozenBatchNorm2d if frozen_norm else _group_norm
     trunk: Any
@@ -64,7 +65,7 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
     fold_frozen_norms(stages)
     for stage in stages[: settings.frozen_stages if pretrained else 0]:
         stage.requires_grad_(False)
-    return FasterRCNN(stages, channels, classes, settings)
+    return (FCOS if kind == "fcos" else FasterRCNN)(stages, channels, classes, settings)
 
 
 def _load(trunk: nn.Module, name: str, weights: str) -> None:
@@ -79,7 +80,7 @@ def _load(trunk: nn.Module, name: str, weights: str) -> None:
                     f"{where}: no readable state dict ({type(e).__name__}); save model.state_dict() by torch.save"
                 ) from None
     elif name == "tiny":
-        raise UserError(f"{where}: fasterrcnn_tiny_fpn has no torchvision weights; leave it none or give a path")
+        raise UserError(f"{where}: the tiny backbone has no torchvision weights; leave it none or give a path")
     else:
         try:
             state = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=True, check_hash=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from softteacher.config import Settings
 from softteacher.detectors.base import Detector
+from softteacher.detectors.fcos import FCOS
 from softteacher.methods.base import Method
 from softteacher.methods.mean_teacher import MeanTeacher
+from softteacher.methods.one_stage import OneStageSoftTeacher
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.methods.stac import Stac
 from softteacher.methods.supervised import Supervised
@@ -19,7 +21,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(settings: Settings, student: Detector, teacher: Detector, frequency: dict[str, float]) -> Method:
-    """The method that `method.name` names.
+    """The method that `method.name` names, in the form for the student's kind of detector.
 
     Args:
         settings: all of them.
@@ -27,4 +29,7 @@ def build_method(settings: Settings, student: Detector, teacher: Detector, frequ
         teacher: its moving average.
         frequency: labelled boxes per labelled image, by class name in label order.
     """
-    return METHODS[settings.method.name](student, teacher, settings, frequency)
+    method = METHODS[settings.method.name]
+    if method is SoftTeacher and isinstance(student, FCOS):
+        method = OneStageSoftTeacher
+    return method(student, teacher, settings, frequency)

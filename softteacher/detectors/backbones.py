@@ -109,7 +109,7 @@ def _load(trunk: nn.Module, name: str, weights: str) -> None:
     if "/" in weights or weights.endswith((".pth", ".pt")):
         state = read_state(weights, where)
     elif name == "tiny":
-        raise UserError(f"{where}: fasterrcnn_tiny_fpn has no torchvision weights; leave it none or give a path")
+        raise UserError(f"{where}: the tiny backbone has no torchvision weights; leave it none or give a path")
     else:
         try:
             state = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=True, check_hash=True)

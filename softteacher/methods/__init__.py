@@ -36,8 +36,10 @@ def build_method(settings: Settings, student: Detector, teacher: Detector, frequ
         UserError: the method can't do this with this detector.
     """
     method = METHODS[settings.method.name]
-    if method is SoftTeacher and isinstance(student, FCOS | MaskRCNN):
-        method = OneStageSoftTeacher if isinstance(student, FCOS) else MaskSoftTeacher
+    if method is SoftTeacher and isinstance(student, FCOS):
+        method = OneStageSoftTeacher
+    elif method is SoftTeacher and isinstance(student, MaskRCNN):
+        method = MaskSoftTeacher
         if settings.method.mixup:
-            raise UserError("method.mixup: only fasterrcnn detectors can be taught by mixed views; set it to 0")
+            raise UserError("method.mixup: a mask can't be laid over another; set it to 0 for a maskrcnn detector")
     return method(student, teacher, settings, frequency)

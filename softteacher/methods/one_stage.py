@@ -11,6 +11,7 @@ from softteacher.detections import Detections
 from softteacher.detectors.boxes import clip
 from softteacher.detectors.fcos import FCOS, STRIDES, Dense, box_losses, dense_targets, focal_loss, inside
 from softteacher.methods.base import Unlabeled
+from softteacher.methods.mixing import mix_boxes, mix_views, other_half
 from softteacher.methods.soft_teacher import SoftTeacher, regression_variance
 
 
@@ -34,17 +35,7 @@ class OneStageSoftTeacher(SoftTeacher):
     def box_variance(
         self, features: list[Tensor], found: list[Detections], sizes: Tensor, noise: list[torch.Generator]
     ) -> list[Tensor]:
-        """How far the teacher's boxes at the locations that fit a pseudo box best spread (section 3.3), for each box.
-
-        Args:
-            features: the teacher's.
-            found: its detections on B views.
-            sizes: [B, 2] (height, width) of the views.
-            noise: not used.
-
-        Returns:
-            B x [n], see `regression_variance`.
-        """
+        """See `SoftTeacher`: how far the teacher's boxes at the locations that fit a pseudo box best spread."""
         dense = self.teacher.predict(features)
         boxes, real = clip(dense.boxes, sizes), inside(dense.locations, sizes)
         times, out = min(self.settings.jitter_times, boxes.shape[1]), []
@@ -60,6 +51,9 @@ class OneStageSoftTeacher(SoftTeacher):
         """See `TeacherMethod`: classification, box and centerness, the first with pseudo boxes of its own."""
         s, classes, strong = self.settings, self.student.classes, part.strong
         pool = self.pseudo_boxes(found, part)
+        mixed = s.mixup > 0 and torch.rand(1, generator=part.noise[0], device=part.noise[0].device).item() < s.mixup
+        if mixed:
+            pool, strong = mix_boxes(pool), mix_views(strong)
         for_cls = [self.confident(p.detections, s.cls_threshold) for p in pool]
         for_reg = [
             c if p.variance is None else p.detections[p.variance < s.reg_variance_threshold]
@@ -73,7 +67,10 @@ class OneStageSoftTeacher(SoftTeacher):
             for b in (for_cls, for_reg)
         )
         negative = (cls_targets.labels == classes) & cls_targets.used
-        weights = torch.where(negative, self.reliability(dense, for_cls, part), 1.0)
+        weights = self.reliability(dense, for_cls, part)
+        if mixed:  # background is what is background in both
+            weights = weights * self.reliability(dense, for_cls, other_half(part))
+        weights = torch.where(negative, weights, 1.0)
         losses = {"cls": focal_loss(dense.logits, cls_targets, weights)} | box_losses(dense, reg_targets)
         facts = {
             f"pseudo_boxes_{k}": sum(map(len, b)) / len(pool)

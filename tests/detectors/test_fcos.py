@@ -38,7 +38,7 @@ def opinionated():
     return detector
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "tiny"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "swin_t", "mobilenet_v2", "mobilenet_v3_small", "tiny"])
 def test_every_architecture(name):
     detector = fresh(f"detector.name=fcos_{name}_fpn", "detector.norm=group", "detector.finest_stride=4").eval()
     assert isinstance(detector, FCOS)

@@ -235,6 +235,20 @@ def test_pseudo_boxes_land_in_the_strong_view():
         assert p.variance.shape == (4,)
 
 
+def test_mixed_views_have_the_boxes_of_both_and_background_is_background_in_both(monkeypatch):
+    losses, shares = [], []
+    for mixup in (0, 1):
+        chosen = method(f"method.mixup={mixup}", "method.cls_threshold=0.5", "method.reg_variance_threshold=1000")
+        believe(chosen, monkeypatch, [0.95, 0.92, 0, 0])
+        values, facts = chosen.losses(batch(), 0)
+        losses.append(values)
+        shares.append(facts["reliability"])
+        assert facts["pseudo_boxes_cls"] == facts["pseudo_boxes_reg"] == (4 if mixup else 2)
+    assert all(torch.isfinite(v) for v in losses[1].values())
+    assert shares[1] == pytest.approx(shares[0] ** 2, rel=0.1)  # a product of two, of much the same noise
+    assert all(torch.equal(losses[0][t], losses[1][t]) for t in TERMS)
+
+
 def test_a_step_of_training(monkeypatch):
     """Student and teacher move, by the trainer that knows nothing of the detector; only the student has gradients."""
     settings = load_settings("demo", [*TINY, "training.precision=fp32"])

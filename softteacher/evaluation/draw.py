@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import colorsys
+import textwrap
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from softteacher.detections import Detections
+
+TILE = 480  # pixels, the long side of a picture on a contact sheet
+COLUMNS = 4
 
 
 def draw(
@@ -41,6 +46,37 @@ def draw(
         luminance = 0.3 * red + 0.59 * green + 0.11 * blue
         canvas.text((x1 + 3 - left, y + 2 - top), text, font=font, fill="black" if luminance > 140 else "white")
     return picture
+
+
+def tile(image: Image.Image, detections: Detections, classes: Sequence[str], caption: str) -> Image.Image:
+    """A small picture of an image with its boxes and up to three lines of text under it, for `contact_sheet`."""
+    small = image.copy()
+    small.thumbnail((TILE, TILE))
+    scale = [small.width / image.width, small.height / image.height] * 2
+    boxes = [[v * s for v, s in zip(box, scale, strict=True)] for box in detections.boxes.tolist()]
+    picture = draw(small, Detections(np.array(boxes), detections.scores, detections.labels), classes)
+    picture.thumbnail((TILE, TILE))
+    lines = textwrap.wrap(caption, 54, max_lines=3, placeholder=" ...")
+    out = Image.new("RGB", (TILE, picture.height + 22 * len(lines) + 10), "white")
+    out.paste(picture, ((TILE - picture.width) // 2, 0))
+    font = ImageFont.load_default(size=17)
+    for n, line in enumerate(lines):
+        ImageDraw.Draw(out).text((4, picture.height + 4 + 22 * n), line, font=font, fill="black")
+    return out
+
+
+def contact_sheet(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of width `TILE` on one sheet, row by row, at least one."""
+    gap, columns = 12, min(COLUMNS, len(tiles))
+    rows = [tiles[n : n + columns] for n in range(0, len(tiles), columns)]
+    heights = [max(t.height for t in row) for row in rows]
+    size = (columns * (TILE + gap) + gap, sum(heights) + gap * (len(rows) + 1))
+    sheet, y = Image.new("RGB", size, "white"), gap
+    for row, height in zip(rows, heights, strict=True):
+        for n, picture in enumerate(row):
+            sheet.paste(picture, (gap + n * (TILE + gap), y))
+        y += height + gap
+    return sheet
 
 
 def _dashed(canvas: ImageDraw.ImageDraw, box: Sequence[float], width: int) -> None:

@@ -94,7 +94,7 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
             stratify: Give every class a labelled image where the data allows.
             validation_fraction: Share of the images held out for validation; 0 takes the data set's own val json.
             unlabeled: Folder or s3:// prefix of more images, without a json.
-            method: soft_teacher or supervised.
+            method: soft_teacher, mean_teacher, stac or supervised.
             preset: Name of a preset of settings.
             overrides: Settings as key=value on top of the preset.
             baseline: Also train and evaluate a supervised detector on the same labels.
@@ -233,7 +233,7 @@ Fold = Annotated[int, typer.Option(min=1, help="number of the fold")]
 Stratify = Annotated[bool, typer.Option(help="every class gets a labelled image where the data allows")]
 Fraction = Annotated[float, typer.Option(help="share held out for validation; 0: the data set's own val json")]
 Unlabeled = Annotated[str, typer.Option(help="folder or s3:// prefix of more images, without a json")]
-Method = Annotated[str, typer.Option(help="soft_teacher or supervised")]
+Method = Annotated[str, typer.Option(help="soft_teacher, mean_teacher, stac or supervised")]
 Preset = Annotated[str, typer.Option(help="preset of settings")]
 Overrides = Annotated[list[str], typer.Option("--set", help="key=value on top of the preset, repeatable")]
 Baseline = Annotated[bool, typer.Option(help="also train a supervised detector on the same labels")]

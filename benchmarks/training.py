@@ -155,7 +155,8 @@ def measure(precision: str, iterations: int, threads: int, profiled: bool) -> No
 
 
 def trainer(student: FasterRCNN, teacher: FasterRCNN, settings: Settings, device: torch.device) -> Trainer:
-    return Trainer(student, teacher, build_method(settings, student, teacher), settings, device)
+    method = build_method(settings, student, teacher, {str(n): 1.0 for n in range(CLASSES)})
+    return Trainer(student, teacher, method, settings, device)
 
 
 def make_batch() -> Batch:

@@ -35,7 +35,7 @@ def train_nodes(
 
     Args:
         dataset: Folder of the manifests that `split` wrote.
-        method: soft_teacher or supervised.
+        method: soft_teacher, mean_teacher, stac or supervised.
         preset: Name of a preset of settings, such as coco-10pct.
         overrides: Settings as key=value on top of the preset.
         checkpoints: s3:// prefix for the checkpoints of all runs; manifests and model pass through it too.

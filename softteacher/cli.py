@@ -27,13 +27,17 @@ app = typer.Typer(
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; see `softteacher config`.")
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from; see `softteacher config`.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Settings to start from, a+b: b on top of a; see `softteacher config`.")
+]
 
 
 class MethodName(StrEnum):
     """Training methods."""
 
     soft_teacher = "soft_teacher"
+    mean_teacher = "mean_teacher"
+    stac = "stac"
     supervised = "supervised"
 
 
@@ -125,7 +129,9 @@ def evaluate(
     from softteacher.evaluation.evaluate import evaluate as run
 
     metrics = run(model, data, out, weights=weights.value if weights else None)
-    _facts({key: round(metrics[key], 4) for key in ("AP", "AP50", "AP75")})
+    masks = {f"segm_{key}": value for key, value in metrics.get("segm", {}).items()}
+    keys = ("AP", "AP50", "AP75", "segm_AP", "segm_AP50", "segm_AP75")
+    _facts({key: round((metrics | masks)[key], 4) for key in keys if key in metrics | masks})
 
 
 @app.command(epilog="Example: softteacher analyze --model model --data s/validation.json --out analysis")

@@ -72,28 +72,51 @@ class DataSettings(_Group):
 
 
 class DetectorSettings(_Group):
-    """Faster R-CNN on a feature pyramid."""
+    """Faster R-CNN, or Mask R-CNN, on a feature pyramid."""
 
     name: Literal[
         "fasterrcnn_resnet18_fpn",
         "fasterrcnn_resnet34_fpn",
         "fasterrcnn_resnet50_fpn",
         "fasterrcnn_resnet101_fpn",
+        "fasterrcnn_swin_t_fpn",
+        "fasterrcnn_swin_s_fpn",
+        "fasterrcnn_swin_b_fpn",
         "fasterrcnn_mobilenet_v2_fpn",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_mobilenet_v3_small_fpn",
         "fasterrcnn_tiny_fpn",
+        "maskrcnn_resnet18_fpn",
+        "maskrcnn_resnet34_fpn",
+        "maskrcnn_resnet50_fpn",
+        "maskrcnn_resnet101_fpn",
+        "maskrcnn_swin_t_fpn",
+        "maskrcnn_swin_s_fpn",
+        "maskrcnn_swin_b_fpn",
+        "maskrcnn_mobilenet_v2_fpn",
+        "maskrcnn_mobilenet_v3_large_fpn",
+        "maskrcnn_mobilenet_v3_small_fpn",
+        "maskrcnn_tiny_fpn",
     ] = Field("fasterrcnn_resnet50_fpn", description="architecture")
     backbone_weights: str | None = Field(
         None, description="torchvision weights name (IMAGENET1K_V1), local path or s3:// URI; none: random"
     )
+    init_from: str | None = Field(
+        None,
+        description="model folder or state dict (.pt, .pth), local or s3://, whose detector this one starts from, "
+        "maybe of other classes",
+    )
     norm: Literal["auto", "frozen_batch", "group"] = Field(
         "auto",
-        description="of the backbone; auto: frozen_batch with backbone_weights, else group, which learns from nothing",
+        description="of the backbone; auto: frozen_batch with backbone_weights or init_from, else group, which learns "
+        "from nothing; Swin has layer norm in any case, tiny group norm",
     )
     frozen_stages: int = Field(
         1,
         ge=0,
         le=4,
-        description="backbone stages that stay as loaded, stem in the first; without backbone_weights none",
+        description="backbone stages that stay as loaded, stem or patch embedding in the first; none without "
+        "backbone_weights or init_from",
     )
     finest_stride: Literal[4, 8] = Field(
         4, description="of the finest pyramid level; 8 does without the level that takes most of the time"
@@ -102,6 +125,7 @@ class DetectorSettings(_Group):
     head_channels: int = Field(
         1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"
     )
+    mask_channels: int = Field(256, ge=8, le=1024, description="maskrcnn: width of the mask head's convolutions")
     anchor_scale: float = Field(8.0, gt=0, description="anchor side over the stride of its level")
     pre_nms_train: int = Field(
         2000, ge=1, description="anchors kept per level before NMS, in training and by the teacher"
@@ -116,24 +140,61 @@ class DetectorSettings(_Group):
     nms_threshold: Share = Field(0.5, description="IoU of the class-wise NMS")
     max_detections: int = Field(100, ge=1, le=1000, description="detections per image")
 
+    @property
+    def masks(self) -> bool:
+        """Whether it learns and answers masks beside boxes."""
+        return self.name.startswith("maskrcnn_")
+
 
 class MethodSettings(_Group):
-    """Soft Teacher (paper, section 3)."""
+    """Soft Teacher (paper, section 3), and what it is compared with."""
 
-    name: Literal["soft_teacher", "supervised"] = Field("soft_teacher", description="training method")
+    name: Literal["soft_teacher", "mean_teacher", "stac", "supervised"] = Field(
+        "soft_teacher", description="training method"
+    )
     unsup_weight: float = Field(4.0, ge=0, description="alpha of L = L_sup + alpha * L_unsup")
     pool_threshold: Share = Field(0.5, description="teacher boxes above this score make the pool of pseudo boxes")
-    rpn_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the RPN")
-    cls_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the classification")
+    rpn_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the RPN; 0: all of the pool")
+    cls_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the classification; 0: all")
+    threshold: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="adaptive: a score threshold for each class, in place of rpn_ and cls_threshold"
+    )
+    adaptive_share: float = Field(
+        1.0, gt=0, le=4, description="adaptive: pseudo boxes of a class per image over its labelled boxes per image"
+    )
+    reliability: Literal[
+        "teacher_background", "student_background", "prediction_difference", "iou", "reverse_iou", "none"
+    ] = Field("teacher_background", description="weight of negatives; none: 1, as in hard assignment")
+    loss_normalization: Literal["weights", "paper"] = Field(
+        "weights", description="of the classification: by the sum of all weights, or as Eq. 4-5 write it"
+    )
+    box_jitter: bool = Field(True, description="false: the boxes of cls_threshold teach the regression")
     reg_variance_threshold: float = Field(
         0.02, ge=0, description="pseudo boxes under this variance teach the regression"
     )
     jitter_times: int = Field(10, ge=2, le=100, description="jittered copies of a pseudo box")
-    jitter_scale: float = Field(0.06, gt=0, description="standard deviation of the jitter, share of width and height")
-    ema_momentum: float = Field(
-        0.999, ge=0, lt=1, description="momentum of the teacher, reached as 1 - 1/(iteration + 1)"
+    jitter_scale: float = Field(0.06, gt=0, description="size of the jitter, share of width and height")
+    jitter_law: Literal["normal", "uniform"] = Field("normal", description="uniform: Eq. 6 of the paper")
+    variance_normalization: Literal["own_side", "mean_side"] = Field(
+        "own_side", description="each coordinate over its own side, or all over half of width + height (Eq. 7)"
+    )
+    mixup: Share = Field(
+        0.0, description="share of the steps whose strong views are laid over each other in pairs (MixPL)"
+    )
+    ema_momentum: float = Field(0.999, ge=0, lt=1, description="momentum of the teacher")
+    ema_ramp: bool = Field(True, description="reach it as 1 - 1/(iteration + 1); false: from the first step (paper)")
+    label_model: str | None = Field(
+        None, description="stac: model folder, local or s3://, whose teacher labels; none: one is trained first"
     )
     burn_in: Share = Field(0.0, description="share of the iterations with labelled images only (paper: none)")
+    guard: bool = Field(
+        True, description="when pseudo labels do harm: back to the best weights, and less of them; needs evaluate_every"
+    )
+
+    @field_validator("reliability", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        return "none" if value is None else value  # `--set key=none` otherwise means that there is none
 
 
 class TrainingSettings(_Group):
@@ -149,13 +210,20 @@ class TrainingSettings(_Group):
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="adamw learns faster from nothing; lr about 0.001 then"
     )
+    reference_batch: int | None = Field(
+        None,
+        ge=1,
+        description="images per step, all processes together, that lr and iterations are meant for; with another "
+        "batch both follow: lr x batch/reference, iterations x reference/batch; none: they stay",
+    )
     lr: float = Field(0.01, gt=0, description="learning rate after warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of SGD")
     warmup_iterations: int = Field(500, ge=0, description="linear warm-up of the learning rate")
+    lr_schedule: Literal["step", "cosine"] = Field("step", description="how lr falls after warm-up; cosine: to 0")
     warmup_factor: float = Field(0.001, gt=0, le=1, description="learning rate at the first step, share of lr")
     lr_steps: tuple[float, ...] = Field(
-        (2 / 3, 8 / 9), description="shares of the iterations after which lr is divided by 10"
+        (2 / 3, 8 / 9), description="step: shares of the iterations after which lr is divided by 10"
     )
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the gradient; none: no clipping")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -220,7 +288,7 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
     """Settings of a preset with `key=value` overrides.
 
     Args:
-        preset: one of `presets()`; none for the defaults.
+        preset: one of `presets()`, or several joined by `+`, each on top of those before it; none for the defaults.
         overrides: e.g. `training.iterations=1000`, `data.scale_jitter=[0.8, 1.2]`; values are YAML, or `none`.
 
     Raises:
@@ -230,12 +298,13 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
         >>> load_settings("coco-10pct", ["training.seed=7"]).training.seed
         7
     """
-    if preset is None:
-        tree: dict[str, dict[str, Any]] = {}
-    elif preset in presets():
-        tree = yaml.safe_load(files("softteacher.presets").joinpath(f"{preset}.yaml").read_text())
-    else:
-        raise UserError(f"--preset {preset}: no such preset{_nearest(preset, presets())}")
+    tree: dict[str, dict[str, Any]] = {}
+    for part in preset.split("+") if preset is not None else ():
+        if part not in presets():
+            raise UserError(f"--preset {part}: no such preset{_nearest(part, presets())}")
+        text = files("softteacher.presets").joinpath(f"{part}.yaml").read_text()
+        for group, values in yaml.safe_load(text).items():
+            tree.setdefault(group, {}).update(values)
     known = [f"{g}.{k}" for g, model in Settings()._groups() for k in type(model).model_fields]
     for override in overrides:
         key, separator, text = override.partition("=")

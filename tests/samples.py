@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ TINY = (
 )
 
 
+MASK_TINY = (*TINY, "detector.name=maskrcnn_tiny_fpn", "detector.mask_channels=16")
+
+
 def coco_tree(count: int = 8, classes: Sequence[str] = ("cat", "dog"), first: int = 1) -> dict[str, Any]:
     """A COCO json of `count` images of 32 x 24 pixels, two boxes in each, ids from `first`."""
     images = [{"id": n, "file_name": f"{n}.png", "width": 32, "height": 24} for n in range(first, first + count)]
@@ -36,6 +40,15 @@ def coco_tree(count: int = 8, classes: Sequence[str] = ("cat", "dog"), first: in
     ]
     categories = [{"id": n + 1, "name": name} for n, name in enumerate(classes)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def polygon_tree(count: int = 8, first: int = 1) -> dict[str, Any]:
+    """`coco_tree` whose boxes have masks that fill them, as polygons."""
+    tree = coco_tree(count, first=first)
+    for row in tree["annotations"]:
+        x, y, w, h = row["bbox"]
+        row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return tree
 
 
 def write_json(path: Path, tree: object) -> str:
@@ -61,6 +74,17 @@ def write_coco(folder: Path, train: dict[str, Any] | None = None, val: dict[str,
 def dataset(folder: Path, part: str = "train") -> CocoDataset:
     """A part of what `write_coco` wrote."""
     return load_coco(folder / "annotations" / f"instances_{part}.json")
+
+
+def shape_views() -> Views:
+    """Two views of 64 x 64: a bright disc (class 0) and a bright diamond (class 1) on dark noise, with masks."""
+    views = noise_views(2)
+    y, x = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    disc, diamond = (x - 24) ** 2 + (y - 24) ** 2 < 16**2, (x - 24).abs() + (y - 24).abs() < 16
+    images = views.images // 4 + 160 * torch.stack([disc, diamond]).to(torch.uint8)[:, None]
+    return replace(
+        views, images=images, labels=[torch.tensor([0]), torch.tensor([1])], masks=[disc[None], diamond[None]]
+    )
 
 
 def noise_views(count: int = 2, side: int = 64, seed: int = 0) -> Views:

@@ -65,6 +65,12 @@ class CocoDataset:
         box = self.annotations.bbox[rows][keep]
         return np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], 1), self.annotations.labels[rows][keep]
 
+    def segmentations(self, index: int) -> list[Any]:
+        """The COCO segmentations of an image's `targets`, of a data set that `require_masks` has passed."""
+        assert self.annotations.segmentations is not None
+        rows = np.arange(self._starts[index], self._starts[index + 1])
+        return [self.annotations.segmentations[i] for i in rows[~self.annotations.crowd[rows]].tolist()]
+
     def uri(self, index: int) -> str:
         """Where an image lies.
 
@@ -96,8 +102,8 @@ class CocoDataset:
         annotations.image_index = mapped[mapped >= 0]
         return replace(self, images=[self.images[i] for i in order.tolist()], annotations=annotations)
 
-    def fingerprint(self) -> str:
-        """sha256 over images, classes and boxes; the same wherever the files lie."""
+    def fingerprint(self, masks: bool = False) -> str:
+        """sha256 over images, classes and boxes, and if asked for masks; the same wherever the files lie."""
         digest = hashlib.sha256()
         images = ", ".join(f"[{i.id}, {json.dumps(i.file_name)}]" for i in self.images)
         digest.update(f"[{images}]".encode())
@@ -105,6 +111,8 @@ class CocoDataset:
         a = self.annotations
         for array in (a.image_index, a.bbox, a.labels, a.crowd):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if masks:
+            digest.update(orjson.dumps(a.segmentations))
         return digest.hexdigest()
 
     @without_gc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from softteacher.config import Settings
 from softteacher.data.cache import ImageCache
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
-from softteacher.data.images import PAD, BadImage
+from softteacher.data.images import PAD, BadImage, original_size
+from softteacher.data.masks import draw_masks
 from softteacher.data.views import View, labeled_view, largest_short_side, project_boxes, strong_view, weak_view
 from softteacher.errors import UserError
 
@@ -31,9 +33,11 @@ class Views:
         images: [B, 3, H, W] uint8, RGB; views at the top left, padded with grey.
         sizes: [B, 2] int64, (height, width) of each view before padding.
         matrices: [B, 3, 3] float64, original -> view.
-        boxes: B x [n, 4] float32, xyxy in view pixels; empty without labels.
+        boxes: B x [n, 4] float32, xyxy in view pixels; an empty list without labels. Weak views have the hidden labels
+            of unlabelled images, if their json has any: for diagnostics, never for a loss.
         labels: B x [n] int64.
         seeds: B seeds of what a method draws for an image (samples, jitter), below 2**32.
+        masks: B x [n, h, w] bool, of the boxes, at the view's size before padding; none unless the detector has masks.
     """
 
     images: torch.Tensor
@@ -42,6 +46,7 @@ class Views:
     boxes: list[torch.Tensor]
     labels: list[torch.Tensor]
     seeds: list[int]
+    masks: list[torch.Tensor] | None = None
 
     def noise(self) -> list[torch.Generator]:
         """A generator for each image, so that its draws don't depend on what else is in the batch."""
@@ -56,6 +61,7 @@ class Views:
             [b.to(device) for b in self.boxes],
             [n.to(device) for n in self.labels],
             self.seeds,
+            None if self.masks is None else [m.to(device, non_blocking=True) for m in self.masks],
         )
 
 
@@ -127,27 +133,30 @@ class _Steps(Dataset):
     def _batch(self, step: int, part: int) -> Batch:
         training, data = self.settings.training, self.settings.data
         broken: dict[str, list[str]] = {}
-        views, boxes, labels, seeds = [], [], [], []
+        views, rows, seeds, originals = [], [], [], []
         for position, rng in self._draws(step, part, 0, training.labeled_per_batch):
             index, image = self._image(self.labeled, "labeled", position, broken)
             seeds.append(int(rng.integers(2**32)))
-            view = labeled_view(image, rng, data)
-            box, label = self.labeled.targets(index)
-            size = torch.tensor(view.image.size[::-1])
-            projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
-            keep = (projected[:, 2:] - projected[:, :2]).amin(1) > 1
-            views.append(view)
-            boxes.append(projected[keep])
-            labels.append(torch.from_numpy(label)[keep])
-        batch = Batch(_collate(views, seeds, boxes, labels), broken=broken)
+            views.append(labeled_view(image, rng, data))
+            rows.append(index)
+            originals.append(original_size(image)[::-1])
+        collated = _collate(views, seeds, *_targets(self.labeled, rows, views))
+        if self.settings.detector.masks:
+            collated.masks = _masks(self.labeled, rows, views, originals)
+        batch = Batch(collated, broken=broken)
         if self.unlabeled is not None and step >= self.burn_in and training.unlabeled_per_batch:
-            weak, strong, seeds = [], [], []
+            weak, strong, rows, seeds = [], [], [], []
             for position, rng in self._draws(step, part, 1, training.unlabeled_per_batch):
-                _, image = self._image(self.unlabeled, "unlabeled", position, broken)
+                index, image = self._image(self.unlabeled, "unlabeled", position, broken)
+                rows.append(index)
                 seeds.append(int(rng.integers(2**32)))
                 weak.append(weak_view(image, rng, data))
                 strong.append(strong_view(image, rng, data))
-            batch.weak, batch.strong = _collate(weak, seeds), _collate(strong, seeds)
+            # what the json says of an unlabelled image is for diagnostics, or what STAC's teacher found
+            known = len(self.unlabeled.annotations) > 0
+            batch.weak = _collate(weak, seeds, *(_targets(self.unlabeled, rows, weak) if known else ()))
+            taught = known and self.settings.method.name == "stac"
+            batch.strong = _collate(strong, seeds, *(_targets(self.unlabeled, rows, strong) if taught else ()))
         return batch
 
     def _draws(self, step: int, part: int, kind: int, count: int) -> Iterator[tuple[int, np.random.Generator]]:
@@ -189,6 +198,35 @@ def pad(images: list[np.ndarray]) -> torch.Tensor:
         row[:h, w:] = grey[w:]
         row[h:] = grey
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def _targets(dataset: CocoDataset, rows: list[int], views: list[View]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Boxes and labels of images in their views; boxes that are hardly in it are left out."""
+    boxes, labels = [], []
+    for row, view in zip(rows, views, strict=True):
+        box, label = dataset.targets(row)
+        projected, keep = _visible(box, view)
+        boxes.append(projected[keep])
+        labels.append(torch.from_numpy(label)[keep])
+    return boxes, labels
+
+
+def _masks(
+    dataset: CocoDataset, rows: list[int], views: list[View], originals: list[tuple[int, int]]
+) -> list[torch.Tensor]:
+    """The masks of the boxes that `_targets` gives; originals: (height, width) of the images."""
+    masks = []
+    for row, view, original in zip(rows, views, originals, strict=True):
+        kept = list(itertools.compress(dataset.segmentations(row), _visible(dataset.targets(row)[0], view)[1].tolist()))
+        masks.append(torch.from_numpy(draw_masks(kept, original, view.matrix, view.image.size[::-1])))
+    return masks
+
+
+def _visible(box: np.ndarray, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes of the original image in a view, and which of them are not hardly in it."""
+    size = torch.tensor(view.image.size[::-1])
+    projected = project_boxes(torch.from_numpy(box), torch.from_numpy(view.matrix), size)
+    return projected, (projected[:, 2:] - projected[:, :2]).amin(1) > 1
 
 
 def _collate(

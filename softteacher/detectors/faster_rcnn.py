@@ -17,7 +17,7 @@ from softteacher.config import DetectorSettings
 from softteacher.data.loader import Views
 from softteacher.detectors.base import Detector
 from softteacher.detectors.boxes import HEAD_STD, RPN_STD, anchors, clip, decode, nms_mask
-from softteacher.detectors.losses import classification_loss, regression_loss, rpn_loss, rpn_targets, sample_rois
+from softteacher.detectors.losses import RoIs, classification_loss, regression_loss, rpn_loss, rpn_targets, sample_rois
 from softteacher.detectors.roi_pool import POOL, roi_pool
 
 STRIDES = [4, 8, 16, 32, 64]
@@ -150,6 +150,14 @@ class FasterRCNN(Detector):
         Returns:
             Logits [R, C + 1] and deltas [R, C, 4], image by image.
         """
+        pooled = self.pool(features, boxes, POOL)
+        with self.autocast(pooled):
+            hidden = self.head(pooled)
+            logits, deltas = self.head_logits(hidden), self.head_deltas(hidden)
+        return logits.float(), deltas.float().unflatten(1, (self.classes, 4))
+
+    def pool(self, features: list[Tensor], boxes: list[Tensor] | Tensor, side: int) -> Tensor:
+        """RoIs pooled to side x side bins: [R, side * side * channels], see `roi_pool`; arguments as of `box_head`."""
         # a tensor keeps the batch dimension symbolic in the exported graph, where a loop would fix it
         if isinstance(boxes, Tensor):
             image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(boxes.shape[:2]).flatten()
@@ -158,11 +166,7 @@ class FasterRCNN(Detector):
             image = torch.cat([b.new_full((len(b),), n, dtype=torch.int64) for n, b in enumerate(boxes)])
             flat = torch.cat(boxes)
         rois = torch.cat([image[:, None].to(flat.dtype), flat], 1)
-        pooled = roi_pool(features[:-1], self.strides[:-1], rois, self.settings.sampling_ratio)
-        with self.autocast(flat):
-            hidden = self.head(pooled)
-            logits, deltas = self.head_logits(hidden), self.head_deltas(hidden)
-        return logits.float(), deltas.float().unflatten(1, (self.classes, 4))
+        return roi_pool(features[:-1], self.strides[:-1], rois, self.settings.sampling_ratio, side)
 
     def detect(self, features: list[Tensor], sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Detections after class-wise NMS, padded to K = `max_detections`.
@@ -190,6 +194,10 @@ class FasterRCNN(Detector):
 
     def losses(self, views: Views) -> dict[str, Tensor]:
         """The four losses of Faster R-CNN on labelled views, each of weight 1."""
+        return self.box_losses(views)[0]
+
+    def box_losses(self, views: Views) -> tuple[dict[str, Tensor], list[Tensor], RoIs]:
+        """The same with the pyramid maps and the sampled RoIs that they come from."""
         s, noise = self.settings, views.noise()
         features = self.features(views.images)
         with torch.no_grad():
@@ -199,7 +207,8 @@ class FasterRCNN(Detector):
         proposals, scores = self.proposals(rpn, views.sizes, training=True)
         rois = sample_rois(proposals, scores > 0, views.boxes, views.labels, s.roi_batch, self.classes, noise)
         logits, deltas = self.box_head(features, rois.boxes)
-        return losses | {"cls": classification_loss(logits, rois), "box": regression_loss(deltas, rois)}
+        losses |= {"cls": classification_loss(logits, rois), "box": regression_loss(deltas, rois)}
+        return losses, features, rois
 
     def _rpn_heads(self, hidden: Tensor) -> Tensor:
         """Objectness and deltas [..., 15] of the three anchors of cells [..., C]."""

@@ -119,18 +119,20 @@ class RoIs(NamedTuple):
         labels: [R] int64; the background is class C.
         targets: [R, 4] the matched box of a positive, the RoI itself otherwise.
         sampled: number of RoIs that were sampled, see `softteacher.distributed.normalizer`.
+        matched: [R] int64, which of its image's boxes a positive is matched to; -1 for negatives.
     """
 
     boxes: list[Tensor]
     labels: Tensor
     targets: Tensor
     sampled: Tensor
+    matched: Tensor
 
     def select(self, keep: Tensor) -> RoIs:
         """Those RoIs that a mask [R] keeps; their number before stays."""
         masks = keep.split([len(b) for b in self.boxes])
         boxes = [b[m] for b, m in zip(self.boxes, masks, strict=True)]
-        return RoIs(boxes, self.labels[keep], self.targets[keep], self.sampled)
+        return RoIs(boxes, self.labels[keep], self.targets[keep], self.sampled, self.matched[keep])
 
 
 def sample_rois(
@@ -153,7 +155,7 @@ def sample_rois(
         classes: number of classes C.
         noise: B generators, see `sample`.
     """
-    rois, roi_labels, targets = [], [], []
+    rois, roi_labels, targets, matches = [], [], [], []
     for proposal, real, box, label, own in zip(proposals, valid, boxes, labels, noise, strict=True):
         candidates = torch.cat([box, proposal[real]])
         matched = assign(candidates, box, 0.5, 0.5, low_quality=False)
@@ -161,22 +163,30 @@ def sample_rois(
         rois.append(candidates[torch.cat([positive, negative])])
         roi_labels += [label[matched[positive]], label.new_full((len(negative),), classes)]
         targets += [box[matched[positive]], candidates[negative]]
+        matches += [matched[positive], matched[negative]]
     sampled = distributed.normalizer(sum(len(r) for r in rois), proposals.device)
-    return RoIs(rois, torch.cat(roi_labels), torch.cat(targets), sampled)
+    return RoIs(rois, torch.cat(roi_labels), torch.cat(targets), sampled, torch.cat(matches))
 
 
-def classification_loss(logits: Tensor, rois: RoIs, weights: Tensor | None = None) -> Tensor:
+def classification_loss(
+    logits: Tensor, rois: RoIs, weights: Tensor | None = None, normalization: str = "weights"
+) -> Tensor:
     """Cross-entropy, weighted: sum(w * CE) / max(sum(w), 1). Without weights the mean.
 
     Args:
         logits: [R, C + 1].
         rois: their labels.
         weights: [R], 1 for positives, the reliability for negatives (Soft Teacher).
+        normalization: `weights`, see above; `paper`: the mean over positives plus the weighted mean over negatives
+            (paper, Eq. 4-5).
     """
     loss = F.cross_entropy(logits, rois.labels, reduction="none")
     if weights is None:
         return loss.sum() / rois.sampled
-    return (loss * weights).sum() / distributed.normalizer(weights.sum(), logits.device)
+    positive = rois.labels < logits.shape[1] - 1
+    parts = (positive, ~positive) if normalization == "paper" else (torch.ones_like(positive),)
+    means = [(loss * weights)[p].sum() / distributed.normalizer(weights[p].sum(), logits.device) for p in parts]
+    return torch.stack(means).sum()
 
 
 def regression_loss(deltas: Tensor, rois: RoIs) -> Tensor:

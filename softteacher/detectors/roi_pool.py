@@ -26,46 +26,49 @@ from softteacher.detectors.boxes import pyramid_level
 POOL = 7
 
 
-def roi_pool(features: list[Tensor], strides: list[int], rois: Tensor, sampling_ratio: int) -> Tensor:
-    """Pool each RoI to 7 x 7 bins on its own pyramid level (aligned RoIAlign, Mask R-CNN paper; FPN paper, Eq. 1).
+def roi_pool(features: list[Tensor], strides: list[int], rois: Tensor, sampling_ratio: int, side: int = POOL) -> Tensor:
+    """Pool each RoI to side x side bins on its own pyramid level (aligned RoIAlign, Mask R-CNN; FPN paper, Eq. 1).
 
     Args:
         features: L maps [B, C, H, W], float32 or bfloat16, gradients flow to them.
         strides: pixels of a cell in each.
         rois: [R, 5] float32: image index, then xyxy in pixels. No gradient flows to them.
         sampling_ratio: points per bin and axis; 0: as many as the bin has cells, rounded up.
+        side: bins on each axis.
 
     Returns:
-        [R, 49 * C] float32: the bins row by row, the channels of each bin together.
+        [R, side * side * C] float32: the bins row by row, the channels of each bin together.
     """
     level = pyramid_level(rois[:, 1:], len(features))
     if not rois.is_cpu or torch.compiler.is_exporting():
-        pooled = rois.new_zeros((rois.shape[0], features[0].shape[1], POOL, POOL))
+        pooled = rois.new_zeros((rois.shape[0], features[0].shape[1], side, side))
         for n, (feature, stride) in enumerate(zip(features, strides, strict=True)):
             here = torch.nonzero(level == n).flatten()
-            part = roi_align(feature.float(), rois[here], POOL, 1 / stride, sampling_ratio, aligned=True)
+            part = roi_align(feature.float(), rois[here], side, 1 / stride, sampling_ratio, aligned=True)
             pooled = pooled.index_copy(0, here, part)
         return pooled.permute(0, 2, 3, 1).flatten(1)
-    return _RoIPool.apply(rois.detach(), level, strides, sampling_ratio, *features)
+    return _RoIPool.apply(rois.detach(), level, strides, sampling_ratio, side, *features)
 
 
 class _RoIPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rois: Tensor, level: Tensor, strides: list[int], ratio: int, *features: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rois: Tensor, level: Tensor, strides: list[int], ratio: int, side: int, *features: Tensor
+    ) -> Tensor:
         maps = [f.detach().float().permute(0, 2, 3, 1).contiguous() for f in features]
         scale = 1 / torch.tensor(strides, dtype=torch.float32)[level]
         places = (rois[:, 0].long().numpy(), level.numpy(), (rois[:, 1:] * scale[:, None] - 0.5).numpy())
-        out = torch.empty((len(rois), POOL * POOL, maps[0].shape[-1]))
-        _by_channels(*places, ratio, tuple(m.numpy() for m in maps), False, out.numpy())
-        ctx.places, ctx.ratio, ctx.shapes, ctx.dtype = places, ratio, [m.shape for m in maps], features[0].dtype
+        out = torch.empty((len(rois), side * side, maps[0].shape[-1]))
+        _by_channels(*places, side, ratio, tuple(m.numpy() for m in maps), False, out.numpy())
+        ctx.places, ctx.bins, ctx.shapes, ctx.dtype = places, (side, ratio), [m.shape for m in maps], features[0].dtype
         return out.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         maps = [torch.zeros(shape) for shape in ctx.shapes]
-        grad = grads[0].unflatten(1, (POOL * POOL, -1)).contiguous()
-        _by_channels(*ctx.places, ctx.ratio, tuple(m.numpy() for m in maps), True, grad.numpy())
-        return (None, None, None, None, *(m.permute(0, 3, 1, 2).to(ctx.dtype) for m in maps))
+        grad = grads[0].unflatten(1, (ctx.bins[0] ** 2, -1)).contiguous()
+        _by_channels(*ctx.places, *ctx.bins, tuple(m.numpy() for m in maps), True, grad.numpy())
+        return (None, None, None, None, None, *(m.permute(0, 3, 1, 2).to(ctx.dtype) for m in maps))
 
 
 def _by_channels(*arguments: Any) -> None:
@@ -94,11 +97,11 @@ def _jit(function: Callable[..., None]) -> Callable[..., None]:
 @numba.njit(nogil=True, inline="always")
 def _bins(start, length, size, ratio, first, count, weight):  # type: ignore[no-untyped-def]
     """Bilinear weights of the cells under each bin of an axis: bin i has `count[i]` cells from `first[i]` on."""
-    points = ratio if ratio > 0 else math.ceil(length / POOL)
-    for i in range(POOL):
+    points = ratio if ratio > 0 else math.ceil(length / len(count))
+    for i in range(len(count)):
         first[i], count[i] = 0, 0
         for s in range(points):
-            at = start + length / POOL * (i + (s + 0.5) / points)
+            at = start + length / len(count) * (i + (s + 0.5) / points)
             if at < -1 or at > size:
                 continue
             at = min(max(at, 0.0), size - 1.0)
@@ -115,18 +118,18 @@ def _bins(start, length, size, ratio, first, count, weight):  # type: ignore[no-
 
 
 @_jit
-def _pool(image, level, boxes, ratio, maps, back, bins, low, high):  # type: ignore[no-untyped-def]
-    """Fill `bins` [R, 49, C] from the maps or, if `back`, add their gradients to the maps; channels low to high."""
-    side = 2 + max([max(m.shape[1], m.shape[2]) for m in maps])
-    y0, ny, wy = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
-    x0, nx, wx = np.empty(POOL, np.int64), np.empty(POOL, np.int64), np.empty((POOL, side), np.float32)
+def _pool(image, level, boxes, side, ratio, maps, back, bins, low, high):  # type: ignore[no-untyped-def]
+    """Fill `bins` [R, side * side, C] from the maps, or if `back` add its gradients to these; channels low to high."""
+    most = 2 + max([max(m.shape[1], m.shape[2]) for m in maps])
+    y0, ny, wy = np.empty(side, np.int64), np.empty(side, np.int64), np.empty((side, most), np.float32)
+    x0, nx, wx = np.empty(side, np.int64), np.empty(side, np.int64), np.empty((side, most), np.float32)
     for r in range(len(boxes)):
         feature = maps[level[r]][image[r]]
         _bins(boxes[r, 1], boxes[r, 3] - boxes[r, 1], feature.shape[0], ratio, y0, ny, wy)
         _bins(boxes[r, 0], boxes[r, 2] - boxes[r, 0], feature.shape[1], ratio, x0, nx, wx)
-        for i in range(POOL):
-            for j in range(POOL):
-                here = bins[r, i * POOL + j]
+        for i in range(side):
+            for j in range(side):
+                here = bins[r, i * side + j]
                 if not back:
                     for c in range(low, high):
                         here[c] = 0

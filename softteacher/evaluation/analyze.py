@@ -49,9 +49,9 @@ def analyze(
         observed: dict[int, Observed] = {}
         for name in WEIGHTS:
             detector, device = load_detector(source, name)
-            module = Observer(detector, source.settings) if name == weights else detector
+            module = Observer(detector, source.settings, source.classes) if name == weights else detector
             found = detect_dataset(module, dataset, source.settings, device, "analyze")
-            scored[name] = score_found(dataset, found)
+            scored[name] = score_found(dataset, found, source.settings)
             say_score(name, scored[name][0])
             if name == weights:
                 observed = {image_id: d for image_id, d in found.items() if isinstance(d, Observed)}

@@ -5,29 +5,38 @@ from __future__ import annotations
 import colorsys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from softteacher.detections import Detections
+from softteacher.detections import Detections, paste_masks
 
 TILE = 480  # pixels, the long side of a picture on a contact sheet
 COLUMNS = 4
 
 
 def draw(
-    image: Image.Image, detections: Detections, classes: Sequence[str], truth: Detections | None = None
+    image: Image.Image,
+    detections: Detections,
+    classes: Sequence[str],
+    truth: Detections | None = None,
+    masks: Sequence[np.ndarray] = (),
 ) -> Image.Image:
-    """A copy of an image with boxes, class names and scores; ground truth is dashed in white.
+    """A copy of an image with boxes, class names and scores, masks half-transparent; ground truth is dashed in white.
 
     Args:
         image: RGB.
         detections: boxes in its pixels (numpy).
         classes: names in label order.
         truth: ground truth, if known.
+        masks: [H, W] bool of each detection, if the detector has masks.
     """
     zoom = max(1, round(480 / max(image.size)))  # small images are blown up, or no name could be read
     picture = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
+    for mask, label in zip(masks, detections.labels.tolist(), strict=False):
+        alpha = Image.fromarray(mask.astype(np.uint8) * 128).resize(picture.size, Image.Resampling.NEAREST)
+        picture.paste(_colour(label), (0, 0), alpha)
     canvas = ImageDraw.Draw(picture)
     unit = max(picture.size) / 480
     font = ImageFont.load_default(size=round(13 * unit))
@@ -36,7 +45,7 @@ def draw(
     for box, score, label in zip(
         detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
     ):
-        red, green, blue = (round(255 * v) for v in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 0.95))
+        red, green, blue = _colour(label)
         x1, y1, x2, y2 = (v * zoom for v in box)
         canvas.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=(red, green, blue), width=round(max(2, 2 * unit)))
         text = f"{classes[label]} {score:.2f}"
@@ -49,12 +58,13 @@ def draw(
 
 
 def tile(image: Image.Image, detections: Detections, classes: Sequence[str], caption: str) -> Image.Image:
-    """A small picture of an image with its boxes and up to three lines of text under it, for `contact_sheet`."""
+    """A small picture of an image with its boxes, masks and up to three lines of text, for `contact_sheet`."""
     small = image.copy()
     small.thumbnail((TILE, TILE))
-    scale = [small.width / image.width, small.height / image.height] * 2
-    boxes = [[v * s for v, s in zip(box, scale, strict=True)] for box in detections.boxes.tolist()]
-    picture = draw(small, Detections(np.array(boxes), detections.scores, detections.labels), classes)
+    scale = np.array([small.width / image.width, small.height / image.height] * 2)
+    scaled = replace(detections, boxes=detections.boxes * scale)
+    masks = () if scaled.masks is None else paste_masks(scaled, small.height, small.width)
+    picture = draw(small, scaled, classes, masks=list(masks))
     picture.thumbnail((TILE, TILE))
     lines = textwrap.wrap(caption, 54, max_lines=3, placeholder=" ...")
     out = Image.new("RGB", (TILE, picture.height + 22 * len(lines) + 10), "white")
@@ -77,6 +87,11 @@ def contact_sheet(tiles: Sequence[Image.Image]) -> Image.Image:
             sheet.paste(picture, (gap + n * (TILE + gap), y))
         y += height + gap
     return sheet
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _dashed(canvas: ImageDraw.ImageDraw, box: Sequence[float], width: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from softteacher import storage
 from softteacher.console import say
 from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.masks import require_masks
 from softteacher.detectors.base import Detector
 from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
@@ -30,8 +31,8 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
         weights: score only these; otherwise both, and detections and report are the teacher's.
 
     Returns:
-        What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, and the same
-        under `teacher` and `student`.
+        What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, of masks under
+        `segm`, and the same under `teacher` and `student`.
 
     Raises:
         UserError: bad input; nothing is written then.
@@ -53,17 +54,19 @@ def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> 
 
     Args:
         source: the model.
-        data: manifest or COCO json with boxes.
+        data: manifest or COCO json with boxes, and for a detector with masks with these.
         images: folder or prefix of its images; none: where the data set says.
 
     Raises:
-        UserError: it can't be read, or has other classes than the model.
+        UserError: it can't be read, has other classes than the model, or lacks masks.
     """
     dataset = load_coco(data, images)
     if dataset.categories != source.categories:
         raise UserError(
             f"{data}: its classes are not those that {source.name} was trained on; use a data set with the same"
         )
+    if source.settings.detector.masks:
+        require_masks(dataset)
     return dataset
 
 
@@ -76,8 +79,10 @@ def load_detector(source: ModelFolder, weights: Weights) -> tuple[Detector, torc
 
 
 def say_score(name: str, metrics: dict[str, Any]) -> None:
-    """The line for the user about one detector's score."""
-    say(f"evaluate: {name} AP {metrics['AP']:.4f}, AP50 {metrics['AP50']:.4f}, AP75 {metrics['AP75']:.4f}")
+    """The line for the user about one detector's score, and one about that of its masks."""
+    for what, ap in (("", metrics), (" masks", metrics.get("segm"))):
+        if ap:
+            say(f"evaluate: {name}{what} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")
 
 
 def write_evaluation(

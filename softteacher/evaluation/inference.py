@@ -81,11 +81,11 @@ def detect_dataset(
 
 def score(detector: Detector, dataset: CocoDataset, settings: Settings, device: torch.device) -> Scored:
     """COCO metrics of a detector, its detections in COCO results format, and the data set without broken images."""
-    return score_found(dataset, detect_dataset(detector, dataset, settings, device))
+    return score_found(dataset, detect_dataset(detector, dataset, settings, device), settings)
 
 
-def score_found(dataset: CocoDataset, found: dict[int, Detections]) -> Scored:
+def score_found(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:
     """What `score` gives, of detections that are there already."""
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     results = coco_results(dataset, found)
-    return distributed.once(lambda: coco_metrics(dataset, results)), results, dataset
+    return distributed.once(lambda: coco_metrics(dataset, results, settings.detector.masks)), results, dataset

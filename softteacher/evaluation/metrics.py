@@ -1,57 +1,93 @@
-"""COCO metrics: pycocotools' numbers, computed by faster-coco-eval."""
+"""COCO metrics of boxes and masks: pycocotools' numbers, computed by faster-coco-eval."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as coco_mask
 
 from softteacher.data.coco import CocoDataset
 from softteacher.data.records import without_gc
-from softteacher.detections import Detections
+from softteacher.detections import Detections, paste_masks
 
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 @without_gc()
 def coco_results(dataset: CocoDataset, found: dict[int, Detections]) -> list[dict[str, Any]]:
-    """Detections (numpy, original pixels, by image id) in COCO results format; boxes to .01 pixel, scores to 1e-5."""
+    """Detections in COCO results format; boxes to .01 pixel, scores to 1e-5, masks as compressed run lengths.
+
+    Args:
+        dataset: classes and image sizes.
+        found: numpy, in original pixels, by image id.
+    """
+    size = {image.id: (image.height, image.width) for image in dataset.images}
     return [
         {
             "image_id": image_id,
             "category_id": dataset.categories[label][0],
             "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
             "score": round(score, 5),
+            **more,
         }
         for image_id, d in sorted(found.items())
-        for (x1, y1, x2, y2), score, label in zip(d.boxes.tolist(), d.scores.tolist(), d.labels.tolist(), strict=True)
+        for (x1, y1, x2, y2), score, label, more in zip(
+            d.boxes.tolist(), d.scores.tolist(), d.labels.tolist(), run_lengths(d, *size[image_id]), strict=True
+        )
     ]
 
 
 @without_gc()
-def coco_metrics(dataset: CocoDataset, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The twelve COCO numbers, AP per class, and the precision-recall curve.
+def coco_metrics(dataset: CocoDataset, results: list[dict[str, Any]], masks: bool = False) -> dict[str, Any]:
+    """The twelve COCO numbers, AP per class, and the precision-recall curve, of boxes and if asked for of masks.
 
     Args:
         dataset: ground truth.
         results: COCO results format.
+        masks: results and ground truth have masks, see `require_masks`.
 
     Returns:
         `AP`, `AP50`, ... (-1 where no box of that size exists, as pycocotools has it), `per_class`: AP by class name
         (none without ground truth), `curve`: 101 precisions at recalls 0 to 1 for IoU .5 and .75, mean over classes.
+        `segm`: the same of the masks; small, medium and large is the mask's own area, as if the results had no box.
     """
     truth = dataset.to_json()
     for n, row in enumerate(truth["annotations"], start=1):
         # the library takes negative ids for something else; id 0 counts as never found, as pycocotools has it
         row["id"] = row["id"] and n
-    found = truth | {
-        "annotations": [
-            {**r, "id": n, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for n, r in enumerate(results, start=1)
-        ]
-    }
+    rows = [{**r, "id": n, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for n, r in enumerate(results, start=1)]
+    metrics = _numbers(dataset, truth, rows, "bbox")
+    if masks:
+        areas = coco_mask.area([r["segmentation"] for r in rows]) if rows else []
+        rows = [r | {"area": float(area)} for r, area in zip(rows, areas, strict=True)]
+        metrics["segm"] = _numbers(dataset, truth, rows, "segm")
+    return metrics
+
+
+def run_lengths(d: Detections, height: int, width: int) -> Iterator[dict[str, Any]]:
+    """For each detection `segmentation`, compressed run lengths of its mask; nothing for those without masks.
+
+    Args:
+        d: in pixels of the image.
+        height: of the image.
+        width: of the image.
+    """
+    for n in range(len(d)):
+        if d.masks is None:
+            yield {}
+        else:
+            encoded = coco_mask.encode(np.asfortranarray(paste_masks(d[n : n + 1], height, width)[0].astype(np.uint8)))
+            yield {"segmentation": {"size": [height, width], "counts": encoded["counts"].decode()}}
+
+
+def _numbers(dataset: CocoDataset, truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The numbers of boxes (`bbox`) or masks (`segm`)."""
     with warnings.catch_warnings(action="ignore"):  # of id 0
-        ev = COCOeval_faster(COCO(truth), COCO(found), "bbox")
+        ev = COCOeval_faster(COCO(truth), COCO(truth | {"annotations": rows}), kind)
     ev.run()
     precision = ev.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], all areas, 100 detections
     present = (precision > -1).all((0, 1))

@@ -34,14 +34,17 @@ class Observer(nn.Module):
     Args:
         detector: any; a supervised one is looked at as Soft Teacher would.
         settings: of the model: method, seed.
+        classes: C names.
     """
 
-    def __init__(self, detector: Detector, settings: Settings) -> None:
+    def __init__(self, detector: Detector, settings: Settings, classes: list[str]) -> None:
         super().__init__()
         self.detector, self.seed = detector, settings.training.seed
-        method = settings.method.model_copy(update={"name": "soft_teacher"})
+        # mixup is of training only, and refused where masks are
+        method = settings.method.model_copy(update={"name": "soft_teacher", "mixup": 0.0})
+        settings, unknown = settings.model_copy(update={"method": method}), dict.fromkeys(classes, 0.0)
         # which of the methods has the right `box_variance` depends on the kind of detector
-        self.method: Any = build_method(settings.model_copy(update={"method": method}), detector, detector)
+        self.method: Any = build_method(settings, detector, detector, unknown)
 
     def forward(self, images: Tensor, sizes: Tensor) -> list[Observed]:
         """uint8 RGB [B, 3, H, W] and [B, 2] sizes (height, width) in, one `Observed` an image out."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from faster_coco_eval.core import mask as coco_mask
 
 from softteacher import storage
 from softteacher.console import say
@@ -19,6 +20,7 @@ from softteacher.errors import UserError
 from softteacher.evaluation.draw import contact_sheet, tile
 from softteacher.evaluation.evaluate import load_detector
 from softteacher.evaluation.inference import detect_dataset
+from softteacher.evaluation.metrics import run_lengths
 from softteacher.evaluation.observe import Observed, Observer
 from softteacher.model_folder import ModelFolder
 
@@ -46,7 +48,7 @@ def rank(model: str, unlabeled: str, out: str, *, top: int = 100, labeled: str |
         model: model folder, local or `s3://`; its teacher looks.
         unlabeled: manifest, COCO json, folder or `s3://` prefix of images.
         out: folder for `ranking.csv`, `ranking.json`, `to_label.json` (COCO json of the images, with the teacher's
-            boxes to correct) and `contact_sheet.jpg`.
+            boxes and masks to correct) and `contact_sheet.jpg`.
         top: number of images.
         labeled: the labelled part, for the labels of each class; none: what the model was trained on if it is still
             there, else its validation set.
@@ -66,7 +68,8 @@ def rank(model: str, unlabeled: str, out: str, *, top: int = 100, labeled: str |
             raise UserError(f"{unlabeled}: no images in it; give the images that might be labelled")
         counts, origin = _label_counts(source, labeled)
         detector, device = load_detector(source, "teacher")
-        found = detect_dataset(Observer(detector, source.settings), dataset, source.settings, device, "rank")
+        observer = Observer(detector, source.settings, source.classes)
+        found = detect_dataset(observer, dataset, source.settings, device, "rank")
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     seen = [d for image in dataset.images if isinstance(d := found[image.id], Observed)]
     measured = [measure(d, 1 / np.sqrt(counts + 1)) for d in seen]
@@ -205,13 +208,14 @@ def _empty_coco(dataset: CocoDataset, source: ModelFolder) -> dict[str, Any]:
 def _add_image(
     tree: dict[str, Any], dataset: CocoDataset, index: int, size: tuple[int, int], boxes: Detections
 ) -> None:
-    """Put an image and its boxes into a COCO json; `score` is an extra key of each box."""
+    """Put an image, its boxes and masks into a COCO json; `score` is an extra key of each box."""
     record = dataset.images[index]
     root = {"root": record.root} if record.root else {}
     width, height = size
     tree["images"].append({"id": record.id, "file_name": record.file_name, "width": width, "height": height} | root)
-    for (x1, y1, x2, y2), score, label in zip(
-        boxes.boxes.tolist(), boxes.scores.tolist(), boxes.labels.tolist(), strict=True
+    masks = run_lengths(boxes, height, width)
+    for (x1, y1, x2, y2), score, label, mask in zip(
+        boxes.boxes.tolist(), boxes.scores.tolist(), boxes.labels.tolist(), masks, strict=True
     ):
         x, y, w, h = (round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1))
         tree["annotations"].append({
@@ -219,7 +223,8 @@ def _add_image(
             "image_id": record.id,
             "category_id": tree["categories"][label]["id"],
             "bbox": [x, y, w, h],
-            "area": round(w * h, 2),
+            "area": float(coco_mask.area(mask["segmentation"])) if mask else round(w * h, 2),
             "iscrowd": 0,
             "score": round(score, 4),
+            **mask,
         })  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 from torchvision.ops import box_iou
 
@@ -26,14 +27,14 @@ SHOWN_SCORE = 0.3
 GALLERY = 6
 MEANINGS = {
     "AP": "mean over IoU .50 to .95",
-    "AP50": "boxes that overlap by half count",
-    "AP75": "boxes must fit well",
+    "AP50": "detections that overlap by half count",
+    "AP75": "detections must fit well",
     "APs": "small objects, under 32 x 32 pixels",
     "APm": "medium objects",
     "APl": "large objects, over 96 x 96 pixels",
-    "AR1": "share of objects found, 1 box an image",
-    "AR10": "the same, 10 boxes an image",
-    "AR100": "share of objects found, 100 boxes an image",
+    "AR1": "share of objects found, 1 detection an image",
+    "AR10": "the same, 10 detections an image",
+    "AR100": "share of objects found, 100 detections an image",
     "ARs": "the same, small objects",
     "ARm": "medium objects",
     "ARl": "large objects",
@@ -74,10 +75,15 @@ def write_report(
         verdict=verdict(metrics, len(dataset)),
         sections=[(title, text, _inline_png(png)) for title, text, png in sections],
         curve=_inline_png(recall_curve(metrics["curve"])),
+        tables=[
+            (title, [metrics[name][key] if key else metrics[name] for name in columns])
+            for title, key in (("COCO numbers", None), ("COCO numbers of the masks", "segm"))
+            if not key or key in metrics
+        ],
         classes=[(name, counts[name], [metrics[c]["per_class"][name] for c in columns]) for name in dataset.classes],
         galleries=[
-            ("Best images", [_card(dataset, i, found) for i in reversed(scored[-GALLERY:])]),
-            ("Worst images", [_card(dataset, i, found) for i in scored[:GALLERY]]),
+            ("Best images", [_card(dataset, i, found, results) for i in reversed(scored[-GALLERY:])]),
+            ("Worst images", [_card(dataset, i, found, results) for i in scored[:GALLERY]]),
         ],
         provenance=provenance,
         images=len(dataset),
@@ -129,11 +135,15 @@ def _image_f1(dataset: CocoDataset, index: int, found: dict[int, Detections]) ->
     return 2 * float(best[best > 0.5].sum()) / (len(boxes) + len(d))
 
 
-def _card(dataset: CocoDataset, index: int, found: dict[int, Detections]) -> tuple[str, str]:
+def _card(
+    dataset: CocoDataset, index: int, found: dict[int, Detections], results: list[dict[str, Any]]
+) -> tuple[str, str]:
     record = dataset.images[index]
     boxes, labels = dataset.targets(index)
     truth = Detections(boxes, np.ones(len(boxes)), labels)
-    picture = draw(read_image(dataset, index)[0], found[record.id], dataset.classes, truth)
+    shown = [r for r in results if r["image_id"] == record.id and r["score"] > SHOWN_SCORE]
+    masks = [coco_mask.decode(r["segmentation"]) > 0 for r in shown if "segmentation" in r]
+    picture = draw(read_image(dataset, index)[0], found[record.id], dataset.classes, truth, masks)
     picture.thumbnail((640, 640))
     return _inline(picture), f"{record.file_name} (id {record.id})"
 

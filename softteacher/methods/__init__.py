@@ -1,29 +1,41 @@
-"""Training methods: each is a small file over the same trainer.
-
-A method is built from (student, teacher, settings) and has `losses(batch, step)`; the trainer does the rest.
-"""
+"""Training methods: each is a small file over the same trainer, see `softteacher.methods.base.Method`."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-from torch import Tensor
-
 from softteacher.config import Settings
-from softteacher.data.loader import Batch
 from softteacher.detectors.base import Detector
+from softteacher.detectors.mask_rcnn import MaskRCNN
+from softteacher.errors import UserError
+from softteacher.methods.base import Method
+from softteacher.methods.mask_soft_teacher import MaskSoftTeacher
+from softteacher.methods.mean_teacher import MeanTeacher
 from softteacher.methods.soft_teacher import SoftTeacher
+from softteacher.methods.stac import Stac
 from softteacher.methods.supervised import Supervised
 
+METHODS: dict[str, type[Method]] = {
+    "soft_teacher": SoftTeacher,
+    "mean_teacher": MeanTeacher,
+    "stac": Stac,
+    "supervised": Supervised,
+}
 
-class Method(Protocol):
-    """What the trainer asks of a method."""
 
-    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weighted loss terms whose sum is minimised, and numbers for the log."""
+def build_method(settings: Settings, student: Detector, teacher: Detector, frequency: dict[str, float]) -> Method:
+    """The method that `method.name` names.
 
+    Args:
+        settings: all of them.
+        student: learns.
+        teacher: its moving average.
+        frequency: labelled boxes per labelled image, by class name in label order.
 
-def build_method(settings: Settings, student: Detector, teacher: Detector) -> Method:
-    """The method that `method.name` names."""
-    methods: dict[str, Any] = {"soft_teacher": SoftTeacher, "supervised": Supervised}
-    return methods[settings.method.name](student, teacher, settings)
+    Raises:
+        UserError: the method can't do this with this detector.
+    """
+    method = METHODS[settings.method.name]
+    if method is SoftTeacher and isinstance(student, MaskRCNN):
+        method = MaskSoftTeacher
+        if settings.method.mixup:
+            raise UserError("method.mixup: a mask can't be laid over another; set it to 0 for a maskrcnn detector")
+    return method(student, teacher, settings, frequency)

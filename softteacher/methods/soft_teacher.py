@@ -1,6 +1,7 @@
-"""Soft Teacher (paper, section 3): pseudo boxes -> reliability of negatives -> box jittering -> losses.
+"""Soft Teacher (paper, section 3): pseudo boxes -> box jittering -> reliability of negatives -> losses.
 
-Where paper and authors' code differ, this is the code's form; `docs/method.md` lists the differences.
+Where paper and authors' code differ, the code's form is the default and the paper's a setting; `docs/method.md` lists
+the differences.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
-from softteacher.config import Settings
-from softteacher.data.loader import Batch, Views
 from softteacher.data.views import project_boxes
 from softteacher.detections import Detections
 from softteacher.detectors.boxes import HEAD_STD, clip, decode
@@ -24,8 +24,8 @@ from softteacher.detectors.losses import (
     rpn_targets,
     sample_rois,
 )
-
-MIN_SIDE = 1e-2  # pixels; a pseudo box that left the strong view has no side
+from softteacher.methods.base import TeacherMethod, Unlabeled, to_strong_view
+from softteacher.methods.mixing import mix_boxes, mix_views, other_half
 
 
 @dataclass
@@ -34,99 +34,42 @@ class PseudoBoxes:
 
     Attributes:
         detections: the teacher's boxes with a score above `pool_threshold`.
-        variance: [N] box regression variance (paper, Eq. 6-8).
+        variance: [N] box regression variance (paper, Eq. 6-8); none where box jittering is switched off.
+        found: the same boxes where the teacher found them, in the weak view.
     """
 
     detections: Detections
-    variance: Tensor
+    variance: Tensor | None
+    found: Detections
 
 
-class SoftTeacher:
-    """L = L_sup + alpha * L_unsup (paper, Eq. 1).
+class SoftTeacher(TeacherMethod):
+    """The unsupervised losses of a two-stage detector: RPN, classification and box regression."""
 
-    Args:
-        student: learns.
-        teacher: moving average of the student; labels the weak views.
-        settings: thresholds, jitter, alpha.
-    """
-
-    def __init__(self, student: FasterRCNN, teacher: FasterRCNN, settings: Settings) -> None:
-        self.student, self.teacher, self.settings = student, teacher, settings.method
-
-    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """See `softteacher.methods.Method`. Without unlabelled views (burn-in) the loss is the supervised one."""
-        losses = self.student.losses(batch.labeled)
-        if batch.weak is None or batch.strong is None:
-            return losses, {}
-        # matrices from the teacher's to the student's view (section 3.1)
-        to_strong = batch.strong.matrices @ torch.linalg.inv(batch.weak.matrices)
-        with torch.no_grad():
-            teacher_features = self.teacher.features(batch.weak.images)
-            noise = batch.strong.noise()
-            pool = self.pseudo_boxes(teacher_features, batch.weak, batch.strong, to_strong, noise)
-        unsup, facts = self.unsupervised_losses(teacher_features, pool, batch.weak, batch.strong, to_strong, noise)
-        return losses | {f"unsup_{k}": self.settings.unsup_weight * v for k, v in unsup.items()}, facts
-
-    def pseudo_boxes(
-        self, features: list[Tensor], weak: Views, strong: Views, to_strong: Tensor, noise: list[torch.Generator]
-    ) -> list[PseudoBoxes]:
-        """The teacher's detections on the weak views, their variance, both carried to the strong views.
-
-        Args:
-            features: the teacher's pyramid of the weak views.
-            weak: B views.
-            strong: B views of the same images.
-            to_strong: [B, 3, 3], weak -> strong view.
-            noise: of each image.
-        """
-        boxes, scores, labels = self.teacher.detect(features, weak.sizes, training=True)
-        found = [
-            Detections(b, s, n)[s > self.settings.pool_threshold] for b, s, n in zip(boxes, scores, labels, strict=True)
-        ]
-        variances = self.box_variance(features, found, weak.sizes, noise)
-        pool = []
-        for d, variance, matrix, size in zip(found, variances, to_strong, strong.sizes, strict=True):
-            projected = project_boxes(d.boxes, matrix, size)
-            keep = (projected[:, 2:] - projected[:, :2]).amin(1) > MIN_SIDE
-            pool.append(PseudoBoxes(Detections(projected, d.scores, d.labels)[keep], variance[keep]))
-        return pool
-
-    def box_variance(
-        self, features: list[Tensor], found: list[Detections], sizes: Tensor, noise: list[torch.Generator]
-    ) -> list[Tensor]:
-        """Box jittering (section 3.3): how far the teacher's refinement of jittered copies spreads, for each box."""
-        times, counts = self.settings.jitter_times, [len(d) for d in found]
-        copies = [
-            jitter(d.boxes, torch.randn(times, len(d), 4, generator=g, device=g.device), self.settings.jitter_scale)
-            for d, g in zip(found, noise, strict=True)
-        ]
-        _, deltas = self.teacher.box_head(features, [c.flatten(0, 1) for c in copies])
-        out = []
-        for d, copy, delta, size in zip(found, copies, deltas.split([times * n for n in counts]), sizes, strict=True):
-            own_class = delta.unflatten(0, (times, len(d)))[:, torch.arange(len(d)), d.labels]
-            refined = clip(decode(own_class, copy, HEAD_STD)[None], size[None])[0]
-            out.append(regression_variance(refined))
-        return out
+    student: FasterRCNN
+    teacher: FasterRCNN
 
     def unsupervised_losses(
-        self,
-        teacher_features: list[Tensor],
-        pool: list[PseudoBoxes],
-        weak: Views,
-        strong: Views,
-        to_strong: Tensor,
-        noise: list[torch.Generator],
+        self, found: list[Detections], part: Unlabeled
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """RPN, classification and regression losses on the strong views, each with pseudo boxes of its own."""
-        s, d = self.settings, self.student.settings
-        for_rpn = [p.detections[p.detections.scores > s.rpn_threshold] for p in pool]
-        for_cls = [p.detections[p.detections.scores > s.cls_threshold] for p in pool]
-        for_reg = [p.detections[p.variance < s.reg_variance_threshold] for p in pool]
+        """See `TeacherMethod`: each loss has pseudo boxes of its own."""
+        s, d, strong = self.settings, self.student.settings, part.strong
+        pool = self.pseudo_boxes(found, part)
+        mixed = s.mixup > 0 and torch.rand(1, generator=part.noise[0], device=part.noise[0].device).item() < s.mixup
+        if mixed:
+            pool, strong = mix_boxes(pool), mix_views(strong)
+        for_rpn, for_cls = (
+            [self.confident(p.detections, threshold) for p in pool] for threshold in (s.rpn_threshold, s.cls_threshold)
+        )
+        for_reg = [
+            c if p.variance is None else p.detections[p.variance < s.reg_variance_threshold]
+            for p, c in zip(pool, for_cls, strict=True)
+        ]
 
         features = self.student.features(strong.images)
         with torch.no_grad():
             rpn = self.student.rpn(features)
-        targets = rpn_targets(rpn.anchors, strong.sizes, [p.boxes for p in for_rpn], d.rpn_batch, noise)
+        targets = rpn_targets(rpn.anchors, strong.sizes, [p.boxes for p in for_rpn], d.rpn_batch, part.noise)
         losses = rpn_loss(*self.student.rpn_at(features, targets.anchors), targets)
 
         proposals, scores = self.student.proposals(rpn, strong.sizes, training=True)
@@ -138,7 +81,7 @@ class SoftTeacher:
                 [p.labels for p in b],
                 d.roi_batch,
                 self.student.classes,
-                noise,
+                part.noise,
             )
             for b in (for_cls, for_reg)
         )
@@ -151,39 +94,112 @@ class SoftTeacher:
         is_cls = torch.cat(
             [torch.arange(len(c) + len(r)) < len(c) for c, r in zip(cls_rois.boxes, reg_rois.boxes, strict=True)]
         )
-        weights = self.reliability(teacher_features, cls_rois, weak, to_strong)
-        losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights)
+        weights = self.reliability(cls_rois, logits[is_cls], for_cls, part)
+        if mixed:  # background is what is background in both
+            weights = weights * self.reliability(cls_rois, logits[is_cls], for_cls, other_half(part))
+        losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization)
         losses["box"] = regression_loss(deltas[~is_cls], reg_rois)
 
-        count = len(pool)
-        negative = cls_rois.labels == self.student.classes
+        sure = [self.confident(p.found, s.cls_threshold) for p in pool]
+        losses |= self.further_losses(features, cls_rois, sure, part)
         facts = {
-            f"pseudo_boxes_{k}": sum(len(p) for p in b) / count
-            for k, b in (("rpn", for_rpn), ("cls", for_cls), ("reg", for_reg))
+            f"pseudo_boxes_{k}": sum(map(len, b)) / len(pool)
+            for k, b in (("rpn", for_rpn), ("cls", for_cls), ("reg", for_reg), ("pool", [p.detections for p in pool]))
         }
-        facts["pseudo_boxes_pool"] = sum(len(p.variance) for p in pool) / count
+        negative = cls_rois.labels == self.student.classes
         facts["reliability"] = float(weights[negative].mean()) if negative.any() else 1.0
         return losses, facts
 
-    @torch.no_grad()
-    def reliability(self, teacher_features: list[Tensor], rois: RoIs, weak: Views, to_strong: Tensor) -> Tensor:
-        """The weight of each RoI (section 3.2): 1 for positives, the teacher's background score for negatives.
+    def further_losses(
+        self,
+        features: list[Tensor],
+        rois: RoIs,
+        sure: list[Detections],
+        part: Unlabeled,
+    ) -> dict[str, Tensor]:
+        """Loss terms of other heads than Faster R-CNN's: here none.
 
         Args:
-            teacher_features: the teacher's pyramid of the weak views.
-            rois: sampled RoIs in the strong views.
-            weak: B weak views.
-            to_strong: [B, 3, 3], weak -> strong view.
+            features: the student's pyramid of the strong views.
+            rois: sampled for the classification.
+            sure: the pseudo boxes that teach the classification, in the weak views.
+            part: the teacher's features, and where the views lie.
+        """
+        return {}
+
+    @torch.no_grad()
+    def pseudo_boxes(self, found: list[Detections], part: Unlabeled) -> list[PseudoBoxes]:
+        """The teacher's detections and their variance, carried from the weak to the strong views."""
+        variances: list[Tensor] | list[None] = [None] * len(found)
+        if self.settings.box_jitter:
+            variances = self.box_variance(part.features, found, part.weak.sizes, part.noise)
+        pool = []
+        for d, variance, matrix, size in zip(found, variances, part.to_strong, part.strong.sizes, strict=True):
+            moved, keep = to_strong_view(d, matrix, size)
+            pool.append(PseudoBoxes(moved, None if variance is None else variance[keep], d[keep]))
+        return pool
+
+    @torch.no_grad()
+    def box_variance(
+        self, features: list[Tensor], found: list[Detections], sizes: Tensor, noise: list[torch.Generator]
+    ) -> list[Tensor]:
+        """Box jittering (section 3.3): how far the teacher's refinement of jittered copies spreads, for each box.
+
+        Args:
+            features: the teacher's pyramid.
+            found: its detections on B views.
+            sizes: [B, 2] (height, width) of the views.
+            noise: of each image.
+
+        Returns:
+            B x [n], see `regression_variance`.
+        """
+        s, counts = self.settings, [len(d) for d in found]
+        draw = torch.randn if s.jitter_law == "normal" else torch.rand
+        copies = []
+        for d, g in zip(found, noise, strict=True):
+            offsets = draw(s.jitter_times, len(d), 4, generator=g, device=g.device)
+            copies.append(jitter(d.boxes, offsets if s.jitter_law == "normal" else 2 * offsets - 1, s.jitter_scale))
+        _, deltas = self.teacher.box_head(features, [c.flatten(0, 1) for c in copies])
+        out = []
+        parts = deltas.split([s.jitter_times * n for n in counts])
+        for d, copy, delta, size in zip(found, copies, parts, sizes, strict=True):
+            own_class = delta.unflatten(0, (s.jitter_times, len(d)))[:, torch.arange(len(d)), d.labels]
+            refined = clip(decode(own_class, copy, HEAD_STD)[None], size[None])[0]
+            out.append(regression_variance(refined, d.boxes if s.variance_normalization == "mean_side" else None))
+        return out
+
+    @torch.no_grad()
+    def reliability(self, rois: RoIs, logits: Tensor, boxes: list[Detections], part: Unlabeled) -> Tensor:
+        """The weight of each RoI: 1 for positives, `method.reliability` for negatives (section 3.2 and its ablation).
+
+        Args:
+            rois: R sampled RoIs in the strong views.
+            logits: [R, C + 1], the student's.
+            boxes: the pseudo boxes that made them positive or negative, in the strong views.
+            part: the teacher's features, and where the views lie.
 
         Returns:
             [R] between 0 and 1.
         """
-        negative = rois.labels == self.student.classes
-        back = torch.linalg.inv(to_strong)
-        places = zip(rois.select(negative).boxes, back, weak.sizes, strict=True)
-        logits, _ = self.teacher.box_head(teacher_features, [project_boxes(b, m, size) for b, m, size in places])
+        kind, negative = self.settings.reliability, rois.labels == self.student.classes
         weights = torch.ones_like(rois.labels, dtype=torch.float32)
-        weights[negative] = logits.softmax(-1)[:, -1]
+        if kind == "none":
+            return weights
+        places = rois.select(negative).boxes
+        if kind in {"iou", "reverse_iou"}:
+            pairs = zip(places, boxes, strict=True)
+            iou = torch.cat([box_iou(p, d.boxes).amax(1) if len(d) else p.new_zeros(len(p)) for p, d in pairs])
+            weights[negative] = iou if kind == "iou" else 1 - iou
+            return weights
+        student = logits[negative].softmax(-1)[:, -1]
+        if kind == "student_background":
+            weights[negative] = student
+            return weights
+        back = zip(places, torch.linalg.inv(part.to_strong), part.weak.sizes, strict=True)
+        seen, _ = self.teacher.box_head(part.features, [project_boxes(p, matrix, size) for p, matrix, size in back])
+        teacher = seen.softmax(-1)[:, -1]
+        weights[negative] = teacher if kind == "teacher_background" else 1 - (student - teacher).abs()
         return weights
 
 
@@ -192,8 +208,8 @@ def jitter(boxes: Tensor, noise: Tensor, scale: float) -> Tensor:
 
     Args:
         boxes: [N, 4] xyxy.
-        noise: [T, N, 4], standard normal.
-        scale: standard deviation as a share of width and height (at least one pixel each).
+        noise: [T, N, 4], standard normal, or uniform in -1 .. 1 (paper, Eq. 6).
+        scale: what 1 of the noise is, as a share of width and height (at least one pixel each).
 
     Returns:
         [T, N, 4].
@@ -202,17 +218,22 @@ def jitter(boxes: Tensor, noise: Tensor, scale: float) -> Tensor:
     return boxes + noise * scale * size
 
 
-def regression_variance(refined: Tensor) -> Tensor:
-    """Box regression variance (paper, Eq. 6-8; in the code's form, each coordinate over its own side).
+def regression_variance(refined: Tensor, detected: Tensor | None = None) -> Tensor:
+    """Box regression variance (paper, Eq. 6-8).
 
     Args:
         refined: [T, N, 4], the T refined copies of N boxes.
+        detected: [N, 4], the boxes themselves, for the paper's form: all coordinates over half of their width + height
+            (Eq. 7). Without them the code's form: each coordinate over its own side of the mean refined box.
 
     Returns:
-        [N], the unbiased standard deviation over the copies relative to the mean box's sides, mean of 4 coordinates.
+        [N], the unbiased standard deviation over the copies relative to the side, mean of 4 coordinates.
     """
     mean = refined.mean(0)
-    size = (mean[:, 2:] - mean[:, :2]).clamp(min=1).repeat(1, 2)
+    box = mean if detected is None else detected
+    size = (box[:, 2:] - box[:, :2]).repeat(1, 2)
+    if detected is not None:
+        size = size.mean(1, keepdim=True)
     # not std(0): it warns where there are no boxes
     deviation = ((refined - mean).square().sum(0) / (len(refined) - 1)).sqrt()
-    return (deviation / size).mean(1)
+    return (deviation / size.clamp(min=1)).mean(1)

@@ -14,7 +14,7 @@ from PIL import Image
 from softteacher.data.images import letterbox, load_image
 from softteacher.detections import Detections
 from softteacher.errors import UserError
-from softteacher.serving.outputs import OUTPUTS, to_detections
+from softteacher.serving.outputs import to_detections
 
 
 class Client:
@@ -158,7 +158,7 @@ def infer(server: Any, url: str, name: str, images: np.ndarray) -> tuple[dict[st
         images: uint8 [b, H, W, 3].
 
     Returns:
-        The four outputs (see `softteacher.serving.export`) and the version that answered.
+        The outputs (see `softteacher.serving.export`) and the version that answered.
 
     Raises:
         UserError: Triton refuses, or can't be reached.
@@ -167,10 +167,10 @@ def infer(server: Any, url: str, name: str, images: np.ndarray) -> tuple[dict[st
 
     request = tritonclient.http.InferInput("images", list(images.shape), "UINT8")
     request.set_data_from_numpy(images)
-    outputs = [tritonclient.http.InferRequestedOutput(output) for output in OUTPUTS]
     with explained(url):
-        result = server.infer(name, [request], outputs=outputs)
-        return {output: result.as_numpy(output) for output in OUTPUTS}, str(result.get_response()["model_version"])
+        result = server.infer(name, [request])
+        response = result.get_response()
+        return {o["name"]: result.as_numpy(o["name"]) for o in response["outputs"]}, str(response["model_version"])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from softteacher import storage
 from softteacher.console import say
 from softteacher.errors import UserError
 from softteacher.serving.client import connect, explained, infer
-from softteacher.serving.outputs import OUTPUTS
+from softteacher.serving.outputs import MASKS, OUTPUTS
 from softteacher.serving.repository import (
     Backend,
     Champion,
@@ -37,6 +37,7 @@ LOAD_TIMEOUT = 600.0  # seconds; Triton answers a load request when it has fetch
 CLAIM_TIMEOUT = 3600.0  # seconds after which a deployment that left its claim behind counts as dead
 BOX_TOLERANCE = 0.5  # pixels of the canvas
 SCORE_TOLERANCE = 1e-3
+MASK_TOLERANCE = 0.05  # probability; a box that is moved within its tolerance moves its mask
 
 
 def deploy(
@@ -240,7 +241,7 @@ class _NotRestored(UserError):
 def _read_smoke(folder: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(folder / "smoke.npz") as file:
-            return {name: file[name] for name in ("images", *OUTPUTS)}
+            return {name: file[name] for name in {"images", *OUTPUTS, *file.files}}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{folder / 'smoke.npz'}: torn, or not ours ({e}); run `softteacher export` again") from None
 
@@ -254,15 +255,16 @@ def _compare(server: Any, url: str, name: str, version: int, smoke: dict[str, np
     for i, n in enumerate(smoke["num_detections"][:, 0]):
         if (got := int(answer["num_detections"][i, 0])) != n:
             raise UserError(f"smoke inference with {name} {version}: image {i} has {got} detections, {n} were recorded")
-        boxes, scores = (
-            np.abs(answer[key][i, :n] - smoke[key][i, :n]).max(initial=0)
-            for key in ("detection_boxes", "detection_scores")
+        boxes, scores, masks = (
+            np.abs(answer[key][i, :n] - smoke[key][i, :n]).max(initial=0) if key in smoke else 0.0
+            for key in ("detection_boxes", "detection_scores", MASKS)
         )
         same_classes = np.array_equal(answer["detection_classes"][i, :n], smoke["detection_classes"][i, :n])
-        if not (boxes <= BOX_TOLERANCE and scores <= SCORE_TOLERANCE and same_classes):
+        if not (boxes <= BOX_TOLERANCE and scores <= SCORE_TOLERANCE and masks <= MASK_TOLERANCE and same_classes):
             raise UserError(
                 f"smoke inference with {name} {version}: image {i} differs from what was recorded at export: boxes by"
                 f" {boxes:.3g} px, scores by {scores:.2g}, classes {'agree' if same_classes else 'differ'}"
+                + (f", masks by {masks:.2g}" if MASKS in smoke else "")
             )
         detections += int(n)
         box_difference, score_difference = max(box_difference, float(boxes)), max(score_difference, float(scores))

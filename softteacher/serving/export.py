@@ -23,10 +23,11 @@ from softteacher.data.images import PAD, inference_size
 from softteacher.data.loader import STRIDE
 from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
+from softteacher.detectors.mask_rcnn import MaskRCNN
 from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, Weights, sha256
 from softteacher.serving.onnx_runtime import OnnxDetector, evaluate_onnx, score_canvases
-from softteacher.serving.outputs import OUTPUTS, to_detections
+from softteacher.serving.outputs import MASKS, OUTPUTS, to_detections
 
 OPSET = 20
 MAX_BATCH = 64
@@ -39,24 +40,31 @@ class ServedDetector(nn.Module):
     """The graph that is exported: uint8 NHWC canvases in, padded detections out.
 
     Outputs, as the field names them: `num_detections` [B, 1] int32, `detection_boxes` [B, K, 4] float32 (xyxy, canvas
-    pixels), `detection_scores` [B, K] float32, `detection_classes` [B, K] int32 (index into the class list).
+    pixels), `detection_scores` [B, K] float32, `detection_classes` [B, K] int32 (index into the class list); of Mask
+    R-CNN `detection_masks` [B, K, 28, 28] float32, too (probabilities in the frame of the box).
     """
 
     def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
         super().__init__()
         self.detector, self.size = detector, size
+        self.outputs = (*OUTPUTS, MASKS) if isinstance(detector, MaskRCNN) else OUTPUTS
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, H, W, 3] uint8 to the four outputs."""
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """[B, H, W, 3] uint8 to the outputs."""
         sizes = torch.tensor([self.size], device=images.device).expand(images.shape[0], 2)
-        boxes, scores, labels = self.detector.detect(self.detector.features(images.permute(0, 3, 1, 2)), sizes)
+        features = self.detector.features(images.permute(0, 3, 1, 2))
+        boxes, scores, labels = self.detector.detect(features, sizes)
         count = (scores > 0).sum(1, keepdim=True).to(torch.int32)
-        return count, boxes, scores, labels.to(torch.int32)
+        found = count, boxes, scores, labels.to(torch.int32)
+        if not isinstance(self.detector, MaskRCNN):
+            return found
+        masks = self.detector.mask_head(features, boxes, labels.flatten()).sigmoid()
+        return *found, masks.unflatten(0, (-1, boxes.shape[1]))
 
     @torch.inference_mode()
     def run(self, canvases: np.ndarray) -> dict[str, np.ndarray]:
         """The same from and to numpy, by output name."""
-        return {k: v.numpy() for k, v in zip(OUTPUTS, self(torch.from_numpy(canvases)), strict=True)}
+        return {k: v.numpy() for k, v in zip(self.outputs, self(torch.from_numpy(canvases)), strict=True)}
 
 
 def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, Any]:
@@ -129,8 +137,8 @@ def write_onnx(served: ServedDetector, source: ModelFolder, size: tuple[int, int
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with _quiet():
         program = torch.onnx.export(
-            served, (example,), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=list(OUTPUTS),
-            dynamic_shapes={"images": {0: batch}}, verbose=False,
+            served, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
+            output_names=list(served.outputs), dynamic_shapes={"images": {0: batch}}, verbose=False,
         )  # fmt: skip
     assert program is not None
     with tempfile.TemporaryDirectory() as scratch:
@@ -159,9 +167,9 @@ def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray,
 
     Returns:
         `boxes` above score .05 on the PyTorch side, how many of them are `matched` (same class, IoU > .5), the largest
-        `score_difference` and `box_difference` (pixels) among the matched.
+        `score_difference`, `box_difference` (pixels) and, with masks, `mask_difference` among the matched.
     """
-    boxes, matched, score_difference, box_difference = 0, 0, 0.0, 0.0
+    boxes, matched, score_difference, box_difference, mask_difference = 0, 0, 0.0, 0.0, 0.0
     for start in range(0, len(samples), batch):
         chunk = samples[start : start + batch]
         ours, theirs = served.run(chunk), detector.run(chunk)
@@ -169,7 +177,7 @@ def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray,
             a, b = (to_detections(x, n, (1, 1), (served.size[1], served.size[0])) for x in (ours, theirs))
             a = a[a.scores > SCORE]
             boxes += len(a)
-            for box, score, label in zip(a.boxes, a.scores, a.labels, strict=True):
+            for k, (box, score, label) in enumerate(zip(a.boxes, a.scores, a.labels, strict=True)):
                 same: Detections = b[b.labels == label]
                 if not len(same):
                     continue
@@ -179,12 +187,15 @@ def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray,
                     matched += 1
                     score_difference = max(score_difference, abs(float(score - same.scores[best])))
                     box_difference = max(box_difference, float(np.abs(box - same.boxes[best]).max()))
+                    if a.masks is not None:
+                        mask_difference = max(mask_difference, float(np.abs(a.masks[k] - same.masks[best]).max()))
     return {
         "images": len(samples),
         "boxes": boxes,
         "matched": matched,
         "score_difference": score_difference,
         "box_difference": box_difference,
+        **({"mask_difference": mask_difference} if MASKS in served.outputs else {}),
     }
 
 

@@ -16,7 +16,7 @@ from softteacher.data.coco import CocoDataset, load_coco
 from softteacher.data.images import letterbox
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
-from softteacher.serving.outputs import OUTPUTS, to_detections
+from softteacher.serving.outputs import to_detections
 
 
 class OnnxDetector:
@@ -38,6 +38,7 @@ class OnnxDetector:
             self.session = onnxruntime.InferenceSession(
                 str(path), options, providers=onnxruntime.get_available_providers()
             )
+            self.outputs = [o.name for o in self.session.get_outputs()]
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.categories = [(int(c["id"]), str(c["name"])) for c in json.loads(metadata["classes"])]
             how = json.loads(metadata["preprocessing"])
@@ -52,7 +53,7 @@ class OnnxDetector:
 
     def run(self, canvases: np.ndarray) -> dict[str, np.ndarray]:
         """The raw outputs for uint8 [B, H, W, 3]; see `softteacher.serving.export`."""
-        return dict(zip(OUTPUTS, self.session.run(list(OUTPUTS), {"images": canvases}), strict=True))
+        return dict(zip(self.outputs, self.session.run(self.outputs, {"images": canvases}), strict=True))
 
 
 def evaluate_onnx(path: str | Path, validation: str | Path | CocoDataset) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from softteacher import storage
 from softteacher.console import track
 from softteacher.data.images import load_image
+from softteacher.detections import paste_masks
 from softteacher.errors import UserError
 from softteacher.evaluation.draw import draw
 from softteacher.serving.client import Client
@@ -46,7 +47,8 @@ def predict(
     if out:
         with storage.output_folder(out) as folder:
             for picture, image, d in zip(pictures, loaded, found, strict=True):
-                draw(image, d, classes).save(folder / picture, quality=92)
+                masks = () if d.masks is None else paste_masks(d, image.height, image.width)
+                draw(image, d, classes, masks=list(masks)).save(folder / picture, quality=92)
     for uri, d in zip(images, found, strict=True):
         rows = zip(d.labels.tolist(), d.scores.tolist(), d.boxes.tolist(), strict=True)
         answers.append({

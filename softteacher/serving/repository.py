@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from softteacher import storage
 from softteacher.errors import UserError
-from softteacher.serving.outputs import OUTPUTS
+from softteacher.serving.outputs import MASKS, OUTPUTS
 
 Backend = Literal["python", "onnxruntime"]
 
@@ -33,6 +33,7 @@ class OnnxFolder:
         provenance: as training wrote it.
         image_size: height and width of the input.
         max_detections: K, the rows of every output.
+        masks: it answers masks, too.
         categories: `{"id", "name"}` in label order.
         preprocessing: how an image becomes input.
     """
@@ -44,6 +45,7 @@ class OnnxFolder:
     provenance: dict[str, Any]
     image_size: tuple[int, int]
     max_detections: int
+    masks: bool
     categories: list[dict[str, Any]]
     preprocessing: dict[str, Any]
 
@@ -104,6 +106,7 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
             provenance=provenance,
             image_size=(int(height), int(width)),
             max_detections=int(facts["max_detections"]),
+            masks=MASKS in outputs,
             categories=facts["classes"],
             preprocessing=facts["preprocessing"],
         )
@@ -144,6 +147,7 @@ def config(
         height=height,
         width=width,
         max_detections=model.max_detections,
+        masks=model.masks,
         max_batch_size=max_batch_size,
         preferred_batch_sizes=sorted({max(1, max_batch_size // 2), max_batch_size}),
         queue_delay_us=queue_delay_us,

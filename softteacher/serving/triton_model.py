@@ -12,8 +12,6 @@ import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb  # type: ignore[import-not-found]
 
-OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
-
 
 class TritonPythonModel:
     """One instance of one version; Triton calls its methods."""
@@ -28,6 +26,7 @@ class TritonPythonModel:
         cuda = ("CUDAExecutionProvider", {"device_id": args["model_instance_device_id"]})
         providers = [cuda] if args["model_instance_kind"] == "GPU" else ["CPUExecutionProvider"]
         self.session = ort.InferenceSession(path, providers=providers)
+        self.names = [output.name for output in self.session.get_outputs()]
         self.shape = tuple(json.loads(args["model_config"])["input"][0]["dims"])  # (H, W, 3)
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -39,20 +38,20 @@ class TritonPythonModel:
             requests: each with `images` uint8 [b, H, W, 3].
 
         Returns:
-            One response for each, in order: the four outputs with b rows, or an error.
+            One response for each, in order: the outputs with b rows, or an error.
         """
         batches = [np.from_dlpack(pb.get_input_tensor_by_name(request, "images")) for request in requests]
         problems = [self._problem(images) for images in batches]
         good = [images for images, problem in zip(batches, problems, strict=True) if problem is None]
         # kept until the next call: the responses only borrow this memory
-        self.outputs = self.session.run(OUTPUTS, {"images": np.concatenate(good)}) if good else []
+        self.outputs = self.session.run(self.names, {"images": np.concatenate(good)}) if good else []
         responses, start = [], 0
         for images, problem in zip(batches, problems, strict=True):
             if problem is not None:
                 responses.append(pb.InferenceResponse(error=pb.TritonError(problem, pb.TritonError.INVALID_ARG)))
                 continue
             rows = [ort.OrtValue.ortvalue_from_numpy(x[start : start + len(images)]) for x in self.outputs]
-            tensors = [pb.Tensor.from_dlpack(name, x) for name, x in zip(OUTPUTS, rows, strict=True)]
+            tensors = [pb.Tensor.from_dlpack(name, x) for name, x in zip(self.names, rows, strict=True)]
             responses.append(pb.InferenceResponse(tensors))
             start += len(images)
         return responses

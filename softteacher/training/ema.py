@@ -6,9 +6,15 @@ import torch
 from torch import nn
 
 
-def ema_momentum(step: int, momentum: float) -> float:
-    """min(momentum, 1 - 1 / (step + 1)) for steps from 0: after the first the teacher is an exact copy."""
-    return min(momentum, 1 - 1 / (step + 1))
+def ema_momentum(step: int, momentum: float, ramp: bool = True) -> float:
+    """min(momentum, 1 - 1 / (step + 1)) for steps from 0: after the first the teacher is an exact copy.
+
+    Args:
+        step: from 0.
+        momentum: in the long run.
+        ramp: false: `momentum` from the first step on, as the paper has it.
+    """
+    return min(momentum, 1 - 1 / (step + 1)) if ramp else momentum
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from softteacher.console import console, say
 from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
+from softteacher.data.masks import require_masks
 from softteacher.data.split import load_unlabeled
 from softteacher.detectors.build import build
 from softteacher.device import find_device, find_precision
@@ -32,6 +33,7 @@ from softteacher.methods import build_method
 from softteacher.model_folder import ModelFolder
 from softteacher.storage import join
 from softteacher.training.checkpoint import Checkpoints
+from softteacher.training.self_label import self_label
 from softteacher.training.trainer import Trainer, run_training
 
 # the same weights come out, whatever these are; the batch counts as a whole
@@ -43,6 +45,7 @@ _INDIFFERENT = {
         f"training.{key}"
         for key in ("labeled_per_batch", "unlabeled_per_batch", "checkpoint_every", "keep_checkpoints")
     ),
+    "training.reference_batch",  # what follows from it does matter
 }
 
 
@@ -66,16 +69,19 @@ def train(
         `metrics.json`: AP and more of teacher and student.
 
     Raises:
-        UserError: bad input; nothing is left at `out` then.
+        UserError: bad input; nothing is left at `out` then (STAC: but the model that labels, once it is there).
         Stopped: the process was told to end; a checkpoint is written.
     """
     device = find_device(settings.training.device)
     with distributed.process_group(device):
         console.quiet = distributed.rank() > 0
         try:
-            return _train(
-                labeled, unlabeled, validation, out, settings, checkpoints or join(out, "checkpoints"), device
-            )
+            place = checkpoints or join(out, "checkpoints")
+            if settings.method.name == "stac" and not settings.method.label_model:
+                labeler, first = join(out, "labeler"), _with_method(settings, name="supervised")
+                _train(labeled, None, validation, labeler, first, join(place, "labeler"), device)
+                settings = _with_method(settings, label_model=labeler)
+            return _train(labeled, unlabeled, validation, out, settings, place, device)
         finally:
             console.quiet = False
 
@@ -83,15 +89,26 @@ def train(
 def _train(
     labeled: str, unlabeled: str | None, validation: str, out: str, settings: Settings, place: str, device: torch.device
 ) -> dict[str, Any]:
+    asked = settings.training
+    images = asked.accumulate * (asked.labeled_per_batch + asked.unlabeled_per_batch)
+    settings = for_batch(settings, distributed.world_size() * images)
     main, s = distributed.rank() == 0, settings.training
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
+    if settings.detector.masks:
+        require_masks(train_set)
+        require_masks(val_set)
     extra = _unlabeled(unlabeled, train_set, settings)
     sets = {"labeled": train_set} | ({"unlabeled": extra} if extra else {})
     run = _identity(settings, {**sets, "validation": val_set})
     if done := distributed.once(lambda: _finished(out, run)):
         say(f"train: {out} holds the model of this very run; nothing to do")
         return done
+    if s != asked:
+        say(
+            f"train: lr {asked.lr:g} -> {s.lr:g}, iterations {asked.iterations} -> {s.iterations}: {s.reference_batch} "
+            f"images a step, training.reference_batch is {asked.reference_batch} (none would leave both as they are)"
+        )
     # broken images are not found out after days of training
     val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val"))
     if s.threads or "LOCAL_WORLD_SIZE" in os.environ:
@@ -102,16 +119,21 @@ def _train(
     student.to(memory_format=torch.channels_last)
     student.precision = find_precision(s.precision, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    trainer = Trainer(student, teacher, build_method(settings, student, teacher), settings, device)
+    frequency = {name: count / len(train_set) for name, count in train_set.class_counts().items()}
+    method = build_method(settings, student, teacher, frequency)
+    trainer = Trainer(student, teacher, method, settings, device)
     say(
         f"train: {settings.method.name}, {settings.detector.name}, {len(train_set.categories)} classes, "
         f"{len(train_set)} labelled and {len(extra or ())} unlabelled images, {s.iterations} iterations of "
         f"{_batch(settings)}, {distributed.world_size()} x {device}, {str(student.precision).removeprefix('torch.')}"
     )
 
-    def validate() -> dict[str, dict[str, Any]]:
+    if settings.method.name == "stac" and settings.method.label_model and extra is not None:
+        extra = self_label(settings.method.label_model, extra, train_set.categories, settings, device)
+
+    def validate(*names: str) -> dict[str, dict[str, Any]]:
         detectors = {"teacher": teacher, "student": student}
-        return {name: score(detector, val_set, settings, device)[0] for name, detector in detectors.items()}
+        return {name: score(detectors[name], val_set, settings, device)[0] for name in names}
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
         checkpoints = Checkpoints(place, run, s.keep_checkpoints)
@@ -121,14 +143,14 @@ def _train(
             say(f"train: goes on at step {trainer.progress.step} of {s.iterations}, from {place}")
         burn_in = round(settings.method.burn_in * s.iterations)
         parts = batches(train_set, extra, settings, start=trainer.progress.step, burn_in=burn_in)
-        run_training(
-            trainer, parts, sets, folder, checkpoints if main else None, validate if s.evaluate_every else None
-        )
+        # the student is scored at the end only, which halves what validations cost
+        teacher_only = (lambda: validate("teacher")) if s.evaluate_every else None
+        run_training(trainer, parts, sets, folder, checkpoints if main else None, teacher_only)
         best = trainer.progress.best
         if best:
             teacher.load_state_dict(best["teacher"])
             student.load_state_dict(best["student"])
-        metrics = best["metrics"] if best else validate()
+        metrics = best["metrics"] | validate("student") if best else validate("teacher", "student")
         if folder:
             provenance = {
                 "format": 1,
@@ -160,6 +182,32 @@ def _train(
     return metrics
 
 
+def _with_method(settings: Settings, **changes: str) -> Settings:
+    return settings.model_copy(update={"method": settings.method.model_copy(update=changes)})
+
+
+def for_batch(settings: Settings, images: int) -> Settings:
+    """The settings for a step of so many images: what was meant for `training.reference_batch` images follows.
+
+    lr goes with the batch (the linear scaling rule, arXiv 1706.02677) and iterations against it, so that as many images
+    are seen; the warm-up stays. `reference_batch` becomes `images`, so that nothing is scaled twice. Without a
+    `reference_batch` nothing changes.
+
+    Example:
+        >>> for_batch(load_settings("coco-10pct"), 5).training.iterations
+        1440000
+    """
+    s = settings.training
+    if s.reference_batch in {None, images}:
+        return settings
+    follows = {
+        "lr": s.lr * images / s.reference_batch,
+        "iterations": max(1, round(s.iterations * s.reference_batch / images)),
+        "reference_batch": images,
+    }
+    return settings.model_copy(update={"training": s.model_copy(update=follows)})
+
+
 def _batch(settings: Settings) -> str:
     """The images of a step, all processes together."""
     s = settings.training
@@ -172,7 +220,11 @@ def _identity(settings: Settings, sets: dict[str, CocoDataset]) -> dict[str, Any
     tree = settings.model_dump(mode="json")
     flat = {f"{group}.{key}": value for group, values in tree.items() for key, value in values.items()}
     kept = {k: v for k, v in flat.items() if k not in _INDIFFERENT and not k.startswith(("export.", "data.cache_"))}
-    return {**kept, "batch": _batch(settings), **{f"data set {name}": d.fingerprint() for name, d in sets.items()}}
+    prints = {
+        f"data set {name}": d.fingerprint(masks=settings.detector.masks and name != "unlabeled")
+        for name, d in sets.items()
+    }
+    return {**kept, "batch": _batch(settings), **prints}
 
 
 def _finished(out: str, run: dict[str, Any]) -> dict[str, Any] | None:

@@ -32,15 +32,19 @@ from softteacher.training.checkpoint import Checkpoints
 from softteacher.training.ema import ema_momentum, update_teacher
 from softteacher.training.interrupt import Stopped, StopRequest
 from softteacher.training.log import TrainingLog, window_means
+from softteacher.training.watch import guard, warn
 
 MAX_SKIPPED = 20
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then divided by 10 after each of `lr_steps`."""
+    """Learning rate of step `step` (from 0): linear warm-up, then by 10 down after each of `lr_steps`, or a cosine."""
     warm = min(1.0, step / settings.warmup_iterations) if settings.warmup_iterations else 1.0
-    drops = sum(step >= round(share * settings.iterations) for share in settings.lr_steps)
-    return settings.lr * (settings.warmup_factor + (1 - settings.warmup_factor) * warm) * 0.1**drops
+    if settings.lr_schedule == "cosine":
+        fall = (1 + math.cos(math.pi * step / settings.iterations)) / 2
+    else:
+        fall = 0.1 ** sum(step >= round(share * settings.iterations) for share in settings.lr_steps)
+    return settings.lr * (settings.warmup_factor + (1 - settings.warmup_factor) * warm) * fall
 
 
 @dataclass
@@ -60,6 +64,9 @@ class Progress:
         evaluated: step of the last validation.
         worse: validations since the best one.
         best: step, metrics and weights of the best validation, by the teacher's AP.
+        supervised: best AP of the teacher before it labelled anything.
+        harm: how often the guard stepped in.
+        said: warnings that were given.
     """
 
     step: int = 0
@@ -74,6 +81,9 @@ class Progress:
     evaluated: int = 0
     worse: int = 0
     best: dict[str, Any] | None = None
+    supervised: float | None = None
+    harm: int = 0
+    said: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         """What the provenance of a model says of its training."""
@@ -84,6 +94,9 @@ class Progress:
             "evaluation_share": self.evaluating / max(self.seconds, 1e-9),
             "images_per_second": self.images / max(self.seconds - self.evaluating, 1e-9),
             "best_step": self.best and self.best["step"],
+            "supervised_phase_AP": self.supervised,
+            "guard_stepped_in": self.harm,
+            "warnings": self.said,
             "unreadable": self.broken,
         }
 
@@ -103,6 +116,7 @@ class Trainer:
         self, student: Detector, teacher: Detector, method: Method, settings: Settings, device: torch.device
     ) -> None:
         self.student, self.teacher, self.settings, self.device = student, teacher, settings, device
+        self.method = method
         self.progress = Progress()
         s = settings.training
         self.parameters = [p for p in student.parameters() if p.requires_grad]
@@ -160,7 +174,8 @@ class Trainer:
                     f"(now {s.lr:g}) or set training.clip_gradient=10"
                 )
         self.scaler.update()
-        update_teacher(self.teacher, self.student, ema_momentum(p.step, self.settings.method.ema_momentum))
+        method = self.settings.method
+        update_teacher(self.teacher, self.student, ema_momentum(p.step, method.ema_momentum, method.ema_ramp))
         p.step += 1
         return numbers
 
@@ -171,6 +186,7 @@ class Trainer:
             "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "method": self.method.state(),
             "progress": dict(vars(self.progress)),
         }
 
@@ -180,6 +196,7 @@ class Trainer:
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.method.load_state(state["method"])
         self.progress = Progress(**state["progress"])
 
 
@@ -237,6 +254,7 @@ def run_training(
                     save(wait=True)
                     raise
                 _judge(trainer, metrics)
+                guard(trainer, metrics["teacher"]["AP"])
                 seconds = time.monotonic() - started
                 p.evaluating, p.seconds = p.evaluating + seconds, p.seconds + seconds
                 window_started += seconds
@@ -272,6 +290,7 @@ def run_training(
                 window, window_images, window_started = {}, p.images, now
                 line |= {"lr": learning_rate(p.step - 1, s), "images_per_second": rate, "skipped": p.skipped}
                 log.write({"step": p.step, **line})
+                warn(trainer, line)
                 note = f"loss {line['loss']:.3f}"
                 if "pseudo_boxes_cls" in line:
                     note += f", {line['pseudo_boxes_cls']:.1f} pseudo boxes an image"

@@ -107,14 +107,16 @@ def test_sample_rois_adds_the_ground_truth():
     ],
 )
 def test_classification_loss(weights, expected):
-    rois = RoIs([torch.zeros(3, 4)], torch.tensor([0, 1, 2]), torch.zeros(3, 4), torch.tensor(3.0))
+    rois = RoIs(
+        [torch.zeros(3, 4)], torch.tensor([0, 1, 2]), torch.zeros(3, 4), torch.tensor(3.0), torch.tensor([0, 0, 0])
+    )
     loss = classification_loss(torch.zeros(3, 3), rois, weights and torch.tensor(weights))
     assert loss.item() == pytest.approx(expected)
 
 
 def test_losses_of_nothing_are_finite_and_have_a_gradient():
     logits, deltas = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 2, 4, requires_grad=True)
-    none = RoIs([torch.zeros(0, 4)], torch.zeros(0).long(), torch.zeros(0, 4), torch.tensor(1.0))
+    none = RoIs([torch.zeros(0, 4)], torch.zeros(0).long(), torch.zeros(0, 4), torch.tensor(1.0), torch.zeros(0).long())
     loss = classification_loss(logits, none) + regression_loss(deltas, none)
     loss.backward()
     assert loss.item() == 0
@@ -125,7 +127,7 @@ def test_regression_loss_is_of_the_own_class_over_all_rois():
         torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]),
         torch.tensor([[1.0, 0, 11, 10], [50, 50, 60, 60]]),
     )
-    rois = RoIs([boxes], torch.tensor([1, 2]), targets, torch.tensor(2.0))
+    rois = RoIs([boxes], torch.tensor([1, 2]), targets, torch.tensor(2.0), torch.tensor([0, -1]))
     deltas = torch.zeros(2, 2, 4)
     deltas[0, 0] = 99  # another class, and a negative: no matter
     deltas[1] = 99

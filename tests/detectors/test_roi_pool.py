@@ -11,11 +11,11 @@ STRIDES = [4, 8, 16, 32]
 SIDE = 256
 
 
-def torchvisions(features, rois, ratio):
+def torchvisions(features, rois, ratio, side=7):
     level = pyramid_level(rois[:, 1:], 4)
-    pooled = torch.empty(len(rois), features[0].shape[1], 7, 7)
+    pooled = torch.empty(len(rois), features[0].shape[1], side, side)
     for n, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
-        pooled[level == n] = roi_align(feature.float(), rois[level == n], 7, 1 / stride, ratio, aligned=True)
+        pooled[level == n] = roi_align(feature.float(), rois[level == n], side, 1 / stride, ratio, aligned=True)
     return pooled.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -27,8 +27,8 @@ def boxes(kind, generator):
 
 @pytest.mark.parametrize("kind", ["any", "tiny", "huge", "thin"])
 @pytest.mark.parametrize("ratio", [0, 1, 2])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_it_is_torchvisions(kind, ratio, threads):
+@pytest.mark.parametrize(("threads", "side"), [(1, 7), (3, 7), (3, 14)])
+def test_it_is_torchvisions(kind, ratio, threads, side):
     generator = torch.Generator().manual_seed(0)
     both = []
     for channels_last in (True, False):
@@ -42,7 +42,7 @@ def test_it_is_torchvisions(kind, ratio, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ours, theirs = roi_pool(both[0], STRIDES, rois, ratio), torchvisions(both[1], rois, ratio)
+        ours, theirs = roi_pool(both[0], STRIDES, rois, ratio, side), torchvisions(both[1], rois, ratio, side)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         gradient = torch.randn(ours.shape, generator=generator)
         ours.backward(gradient)

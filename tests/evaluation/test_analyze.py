@@ -8,14 +8,15 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from softteacher.config import Settings
+from softteacher.config import Settings, load_settings
+from softteacher.detectors.build import build
 from softteacher.errors import UserError
 from softteacher.evaluation.analyze import analyze, match, rank_correlation, summarize
 from softteacher.evaluation.evaluate import evaluate, load_detector
 from softteacher.evaluation.observe import Observed, Observer
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.model_folder import ModelFolder
-from tests.samples import coco_tree, dataset, noise_views, write_coco
+from tests.samples import MASK_TINY, coco_tree, dataset, noise_views, write_coco
 
 CAT, DOG = 0, 1
 A, B, IN_CROWD = [0, 0, 10, 10], [20, 0, 30, 10], [5, 14, 15, 22]
@@ -157,12 +158,13 @@ def test_observer(trained, method):
     views = noise_views(3)
     named = settings.model_copy(update={"method": settings.method.model_copy(update={"name": method})})
     with torch.inference_mode():
-        found = Observer(detector, named)(views.images, views.sizes)
+        found = Observer(detector, named, source.classes)(views.images, views.sizes)
         plain = [d.numpy() for d in detector(views.images, views.sizes)]
         features = detector.features(views.images[1:2])
         noise = [torch.Generator().manual_seed(settings.training.seed)]
         alone = detector.detections(features, views.sizes[1:2])
-        variance = SoftTeacher(detector, detector, settings).box_variance(features, alone, views.sizes[1:2], noise)
+        teacher = SoftTeacher(detector, detector, settings, dict.fromkeys(source.classes, 0.0))
+        variance = teacher.box_variance(features, alone, views.sizes[1:2], noise)
     for a, b in zip(found, plain, strict=True):
         assert len(a) == len(b) == len(a.variance) > 0
         assert all((getattr(a, key) == getattr(b, key)).all() for key in ("boxes", "scores", "labels"))
@@ -170,6 +172,20 @@ def test_observer(trained, method):
     # the same, whatever the batch
     assert found[1].variance == pytest.approx(variance[0].numpy(), rel=1e-3, abs=1e-6)
     assert found[1].feature == pytest.approx(features[0].mean((2, 3))[0].numpy(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["soft_teacher", "stac"])
+def test_observer_keeps_masks(method):
+    """Also of a model whose method has a mixup that Soft Teacher would refuse with masks."""
+    torch.manual_seed(0)
+    settings = load_settings("demo", [*MASK_TINY, f"method.name={method}", "method.mixup=0.5"])
+    detector, views = build(settings.detector, 3).eval(), noise_views(2)
+    with torch.inference_mode():
+        found = Observer(detector, settings, ["a", "b", "c"])(views.images, views.sizes)
+        plain = [d.numpy() for d in detector(views.images, views.sizes)]
+    for a, b in zip(found, plain, strict=True):
+        assert len(a) == len(a.variance) > 0
+        assert (a.masks == b.masks).all()
 
 
 @pytest.mark.parametrize("weights", ["teacher", "student"])

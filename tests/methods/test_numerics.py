@@ -59,6 +59,10 @@ def test_jitter(reference):
 
 def test_variance(reference):
     close(regression_variance(reference("unc/refined_own_class")), reference("unc/out_mmdet"))
+    close(
+        regression_variance(reference("unc/refined_own_class"), reference("jitter/boxes")),
+        reference("unc/paper_unbiased"),
+    )
 
 
 def test_box_coder(reference):
@@ -141,8 +145,16 @@ def tiny_detector():
 
 def test_classification_loss(reference):
     logits, labels = reference("cls/logits"), reference("cls/labels")
-    rois = RoIs([], labels, torch.zeros(len(labels), 4), torch.tensor(float(len(labels))))
+    rois = RoIs([], labels, torch.zeros(len(labels), 4), torch.tensor(float(len(labels))), labels)
     close(classification_loss(logits, rois, reference("cls/label_weights")), reference("cls/loss_mmdet"))
+
+
+def test_classification_loss_of_the_paper(reference):
+    """Eq. 4-5 over the batch."""
+    logits, labels = reference("cls/logits"), reference("cls/labels")
+    rois = RoIs([], labels, torch.zeros(len(labels), 4), torch.tensor(float(len(labels))), labels)
+    loss = classification_loss(logits, rois, reference("cls/label_weights"), "paper")
+    close(loss, reference("cls/paper_eq4_batch"))
 
 
 def test_negatives_are_weighted_by_the_teachers_background_score(reference):
@@ -182,5 +194,6 @@ def test_regression_loss(reference):
         matched = assign(boxes[n], gt, 0.5, 0.5, low_quality=False)
         targets.append(torch.where((own < 80)[:, None], gt[matched.clamp(min=0)], boxes[n]))
     deltas = reference("reg/bbox_pred")[:, None].expand(-1, 80, -1)
-    loss = regression_loss(deltas, RoIs(boxes, labels, torch.cat(targets), torch.tensor(float(len(labels)))))
+    rois = RoIs(boxes, labels, torch.cat(targets), torch.tensor(float(len(labels))), labels)
+    loss = regression_loss(deltas, rois)
     close(loss, reference("reg/loss_mmdet"))

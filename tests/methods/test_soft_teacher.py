@@ -15,6 +15,7 @@ from softteacher.detections import Detections
 from softteacher.detectors.build import build
 from softteacher.detectors.losses import RoIs
 from softteacher.methods import build_method
+from softteacher.methods.base import Unlabeled
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.methods.supervised import Supervised
 from tests.samples import TINY, noise_views
@@ -27,7 +28,7 @@ def method(*overrides):
     torch.manual_seed(0)
     settings = load_settings("demo", [*TINY, *overrides])
     student = build(settings.detector, CLASSES)
-    return build_method(settings, student, copy.deepcopy(student))
+    return build_method(settings, student, copy.deepcopy(student), dict.fromkeys("abc", 1.0))
 
 
 def batch(seed=0):
@@ -41,6 +42,14 @@ def believe(soft_teacher, monkeypatch, boxes, scores, labels):
     count = len(boxes)
     answer = torch.stack(boxes), torch.tensor([scores] * count), torch.tensor([labels] * count)
     monkeypatch.setattr(soft_teacher.teacher, "detect", lambda features, sizes, training: answer)
+
+
+def the_pool(soft_teacher, weak, strong, to_strong):
+    """The pseudo boxes of the first image."""
+    features = soft_teacher.teacher.features(weak.images)
+    boxes, scores, labels = soft_teacher.teacher.detect(features, weak.sizes, training=True)
+    found = [Detections(*each) for each in zip(boxes, scores, labels, strict=True)]
+    return soft_teacher.pseudo_boxes(found, Unlabeled(weak, strong, to_strong, features, weak.noise()))[0]
 
 
 def test_the_method_by_its_name():
@@ -120,9 +129,7 @@ def test_pseudo_boxes_land_on_their_object(monkeypatch):
         ]
         believe(soft_teacher, monkeypatch, [project_boxes(truth, views[0].matrices[0])], [0.95], [1])
         to_strong = views[1].matrices @ torch.linalg.inv(views[0].matrices)
-        features = soft_teacher.teacher.features(views[0].images)
-        with torch.no_grad():
-            pool = soft_teacher.pseudo_boxes(features, *views, to_strong, views[0].noise())[0]
+        pool = the_pool(soft_teacher, *views, to_strong)
         red = np.asarray(strong.image, float)
         ys, xs = np.nonzero((red[..., 0] - red[..., 1]) / 255 > 0.5)
         if len(xs) and xs.min() > 0 and xs.max() < red.shape[1] - 1 and ys.min() > 0 and ys.max() < red.shape[0] - 1:
@@ -141,31 +148,51 @@ def test_boxes_that_left_the_strong_view_are_dropped(monkeypatch):
     views = noise_views(1)
     moved = torch.eye(3).double()[None].clone()
     moved[0, 0, 2] = -30  # the second box goes out on the left, half of the first stays
-    with torch.no_grad():
-        features = soft_teacher.teacher.features(views.images)
-        pool = soft_teacher.pseudo_boxes(features, views, views, moved, views.noise())[0]
+    pool = the_pool(soft_teacher, views, views, moved)
     assert pool.detections.boxes.tolist() == [[10, 40, 30, 60]]
     assert pool.variance.shape == (1,)
 
 
-def test_reliability_is_1_on_positives_and_the_teachers_background_score_on_negatives():
-    soft_teacher = method()
+@pytest.mark.parametrize(
+    "kind", ["teacher_background", "student_background", "prediction_difference", "iou", "reverse_iou", "none"]
+)
+def test_reliability(kind):
+    """1 on positives, between 0 and 1 on negatives, and there what its name says."""
+    soft_teacher = method(f"method.reliability={kind}")
+    for p in soft_teacher.teacher.head_logits.parameters():  # teacher and student must not agree
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     weak = noise_views(2)
     boxes = [torch.tensor([[4.0, 4, 30, 30], [20, 20, 60, 50]]), torch.tensor([[1.0, 1, 20, 40]])]
-    rois = RoIs(boxes, torch.tensor([1, CLASSES, CLASSES]), torch.cat(boxes), torch.tensor(3.0))
+    labels = torch.tensor([1, CLASSES, CLASSES])
+    rois = RoIs(boxes, labels, torch.cat(boxes), torch.tensor(3.0), torch.tensor([0, -1, -1]))
+    taught = [Detections(torch.tensor([[20.0, 20, 60, 70]]), torch.ones(1), torch.ones(1).long()), none_found()]
     with torch.no_grad():
         features = soft_teacher.teacher.features(weak.images)
-        weights = soft_teacher.reliability(features, rois, weak, torch.eye(3).double().repeat(2, 1, 1))
-        background = soft_teacher.teacher.box_head(features, boxes)[0].softmax(-1)[:, -1]
+        part = Unlabeled(weak, weak, torch.eye(3).double().repeat(2, 1, 1), features, weak.noise())
+        logits = soft_teacher.student.box_head(features, boxes)[0]
+        teacher = soft_teacher.teacher.box_head(features, boxes)[0].softmax(-1)[1:, -1]
+        student = logits.softmax(-1)[1:, -1]
+        weights = soft_teacher.reliability(rois, logits, taught, part)
+    expected = {
+        "teacher_background": teacher,
+        "student_background": student,
+        "prediction_difference": 1 - (student - teacher).abs(),
+        "iou": torch.tensor([0.6, 0.0]),
+        "reverse_iou": torch.tensor([0.4, 1.0]),
+        "none": torch.ones(2),
+    }[kind]
     assert weights[0] == 1
-    torch.testing.assert_close(weights[1:], background[1:])
-    assert ((weights[1:] > 0) & (weights[1:] < 1)).all()
+    torch.testing.assert_close(weights[1:], expected)
 
 
-@pytest.mark.parametrize("name", ["soft_teacher", "supervised"])
+def none_found():
+    return Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
+
+
+@pytest.mark.parametrize("name", ["soft_teacher", "mean_teacher", "supervised"])
 def test_the_student_learns_and_the_teacher_never(monkeypatch, name):
     chosen = method(f"method.name={name}", "method.reg_variance_threshold=1000")
-    if name == "soft_teacher":
+    if name != "supervised":
         boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
         believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.92], [0, 1])
         teacher = chosen.teacher
@@ -177,7 +204,7 @@ def test_the_student_learns_and_the_teacher_never(monkeypatch, name):
     for key, p in chosen.student.named_parameters():
         assert p.grad is not None, key
     assert any(p.grad.abs().sum() > 0 for p in chosen.student.backbone.parameters())
-    if name == "soft_teacher":
+    if name != "supervised":
         assert all(p.grad is None for p in teacher.parameters())
         assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 

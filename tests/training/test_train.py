@@ -13,10 +13,12 @@ from softteacher.config import load_settings, read_settings
 from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, sha256
-from softteacher.training.train import train
+from softteacher.training.train import for_batch, train
 from tests.samples import TINY, write_json
 
 TERMS = {"rpn_cls", "rpn_box", "cls", "box"}
+DIAGNOSTICS = {"reliability", "unsup_over_sup", "pseudo_precision", "pseudo_recall"}
+DIAGNOSTICS |= {f"teacher_scores/0.{n}" for n in range(10)}
 
 
 def run(manifests, out, *overrides, labeled=None, unlabeled=None, validation=None):
@@ -59,13 +61,28 @@ def test_training_log(trained):
     always = {"step", "loss", "lr", "images_per_second", "skipped", *TERMS}
     assert set(rows[0]) == always  # burn-in
     for row in rows[1:]:
-        assert set(row) == always | {f"unsup_{t}" for t in TERMS} | pseudo | {"reliability"}
+        assert set(row) == always | {f"unsup_{t}" for t in TERMS} | pseudo | DIAGNOSTICS
         assert row["pseudo_boxes_pool"] >= row["pseudo_boxes_cls"] > 0
         assert row["loss"] == pytest.approx(
             sum(v for k, v in row.items() if k.removeprefix("unsup_") in TERMS), rel=1e-3
         )
         assert 0 <= row["reliability"] <= 1
     assert all(np.isfinite(v) for row in rows for v in row.values())
+
+
+@pytest.mark.parametrize("name", ["soft_teacher", "mean_teacher"])
+def test_hidden_labels_are_never_trained_on(manifests, tmp_path, name):
+    """The weights are the same bits whether the unlabelled json has boxes or not; only the diagnostics differ."""
+    tree = json.loads((manifests / "unlabeled.json").read_text())
+    bare = write_json(tmp_path / "bare.json", {**tree, "annotations": [], "categories": []})
+    low = [f"method.{key}_threshold=0.06" for key in ("pool", "rpn", "cls")]
+    chosen = [f"method.name={name}", "training.log_every=4", *low]
+    run(manifests, tmp_path / "with", *chosen)
+    run(manifests, tmp_path / "without", *chosen, unlabeled=bare)
+    assert equal(weights(tmp_path / "with"), weights(tmp_path / "without"))
+    assert equal(weights(tmp_path / "with", "teacher"), weights(tmp_path / "without", "teacher"))
+    assert "pseudo_recall" in log(tmp_path / "with")[-1]
+    assert "pseudo_recall" not in log(tmp_path / "without")[-1]
 
 
 def test_tensorboard_events(trained):
@@ -136,6 +153,57 @@ def test_soft_teacher_without_its_second_half_is_the_baseline(manifests, tmp_pat
     run(manifests, tmp_path / "baseline", "method.name=supervised")
     assert equal(weights(tmp_path / "ours"), weights(tmp_path / "baseline"))
     assert equal(weights(tmp_path / "ours", "teacher"), weights(tmp_path / "baseline", "teacher"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "images", "lr", "iterations"),
+    [
+        ("coco-10pct", 40, 0.01, 180_000),
+        ("coco-10pct", 5, 0.00125, 1_440_000),
+        ("coco-10pct", 80, 0.02, 90_000),
+        ("coco-10pct", 15, 0.00375, 480_000),
+        ("coco-10pct", 7, 0.00175, 1_028_571),
+        ("coco-full", 64, 0.01, 720_000),
+        ("coco-full-r101", 32, 0.005, 2_160_000),
+        ("coco-full-swin", 8, 0.0000125, 5_760_000),
+        ("coco-1pct+demo", 20, 0.0005, 1_400),
+        ("coco-1pct+demo", 10**6, 25.0, 1),
+        ("demo", 5, 0.001, 700),
+    ],
+)
+def test_lr_and_iterations_follow_the_batch(preset, images, lr, iterations):
+    asked = load_settings(preset)
+    found = for_batch(asked, images)
+    assert (found.training.lr, found.training.iterations) == (pytest.approx(lr, rel=1e-12), iterations)
+    assert found.training.reference_batch == (images if asked.training.reference_batch else None)
+    kept = {"lr", "iterations", "reference_batch"}
+    assert found.training.model_dump(exclude=kept) == asked.training.model_dump(exclude=kept)
+    assert found.model_dump(exclude={"training"}) == asked.model_dump(exclude={"training"})
+    assert for_batch(found, images) == found
+
+
+def test_what_follows_is_said_trained_and_kept(manifests, tmp_path, capsys):
+    """A run that was cut off derives the same again, and so does one with the settings of the model."""
+    chosen = ["training.reference_batch=6", "training.lr=0.003", "training.log_every=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "softteacher.training.train.ModelFolder.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(manifests, tmp_path / "m", *chosen)
+    said = capsys.readouterr().err
+    assert "train: lr 0.003 -> 0.002, iterations 4 -> 6: 4 images a step, training.reference_batch is 6" in said
+    run(manifests, tmp_path / "m", *chosen)
+    assert "goes on at step 6 of 6" in capsys.readouterr().err
+    kept = read_settings(tmp_path / "m" / "settings.yaml").training
+    assert (kept.lr, kept.iterations, kept.reference_batch) == (0.002, 6, 4)
+    assert [row["step"] for row in log(tmp_path / "m")] == list(range(1, 7))
+    assert log(tmp_path / "m")[-1]["lr"] < 0.002
+    for again in (chosen, ["training.reference_batch=4", "training.lr=0.002", "training.iterations=6"]):
+        run(manifests, tmp_path / "m", *again)
+        said = capsys.readouterr().err
+        assert "nothing to do" in said
+        assert "->" not in said
 
 
 @pytest.mark.parametrize("kind", ["none", "empty folder", "empty json"])

@@ -10,6 +10,7 @@ import torch
 from softteacher.config import load_settings
 from softteacher.data.loader import Batch
 from softteacher.errors import UserError
+from softteacher.methods.base import Method
 from softteacher.training.trainer import Trainer, learning_rate, run_training
 from tests.samples import dataset, noise_views, write_coco
 
@@ -22,7 +23,7 @@ def test_the_papers_schedule(step, expected):
     assert learning_rate(step, load_settings("coco-10pct").training) == pytest.approx(expected)
 
 
-class Fake:
+class Fake(Method):
     """A method of one parameter: the loss is (w - 3)^2 in two terms, or what `broken` says."""
 
     def __init__(self, broken=()):
@@ -30,7 +31,7 @@ class Fake:
         self.student.w = torch.nn.Parameter(torch.zeros(()))
         self.student.precision = torch.float32
         self.teacher = copy.deepcopy(self.student)
-        self.broken = broken
+        self.broken, self.trust, self.seen = broken, 1.0, None
 
     def losses(self, batch, step):
         loss = (self.student.w - 3) ** 2 / 2

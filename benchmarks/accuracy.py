@@ -1,0 +1,205 @@
+"""What each method makes of a few labels, against the same labels alone and against all labels; on any COCO data set.
+
+    python benchmarks/accuracy.py --name cards --data DIR --percent 10 --folds 3 \\
+        --set detector.backbone_weights=mobilenet_v2.pth --jobs 2
+    python benchmarks/accuracy.py --name cards --percent 10 --table          # print the table of what is there
+
+Every method has the same number of student iterations and of labelled images an iteration; `supervised_full` has all
+labels. AP is the teacher's (the moving average of the student, which supervised training has too), at the best of the
+same number of validations. A run that was cut off goes on, one whose result is there is not run again. Writes
+`results/accuracy/<name>-<percent>-<method>-<fold>.json` for each run and `results/accuracy-<name>-<percent>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, machine
+
+from softteacher.config import load_settings
+from softteacher.data.split import split
+
+# method of the library, and the preset that changes it
+METHODS = {
+    "supervised": ("supervised", None),
+    "supervised_full": ("supervised", None),
+    "mean_teacher": ("mean_teacher", None),
+    "stac": ("stac", None),
+    "soft_teacher": ("soft_teacher", None),
+    "soft_teacher-no_soft_weights": ("soft_teacher", "no-soft-weights"),
+    "soft_teacher-no_jitter": ("soft_teacher", "no-jitter"),
+    "soft_teacher-student_background": ("soft_teacher", "reliability-student-background"),
+    "soft_teacher-prediction_difference": ("soft_teacher", "reliability-prediction-difference"),
+    "soft_teacher-iou": ("soft_teacher", "reliability-iou"),
+    "soft_teacher-reverse_iou": ("soft_teacher", "reliability-reverse-iou"),
+}
+DEFAULT = ["supervised", "supervised_full", "mean_teacher", "soft_teacher"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the data set, for the result files")
+    parser.add_argument("--data", help="folder with images/ and annotations/instances_{train,val}.json, or s3://")
+    parser.add_argument("--percent", type=float, default=10, help="share of labelled images")
+    parser.add_argument("--folds", type=int, nargs="+", default=[3], help="how many; or which, if several are named")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=[*METHODS, "all"])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--set", action="append", default=[], help="setting, key=value, for all methods; repeatable")
+    parser.add_argument("--validation-fraction", type=float, help="where there is no val json")
+    parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="folder of splits, models and logs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; they share the cores")
+    parser.add_argument("--quick", action="store_true", help="20 iterations, results to the work folder: does it run?")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    a = parser.parse_args()
+    results = a.work / "quick" if a.quick else RESULTS
+    folds = list(range(1, a.folds[0] + 1)) if len(a.folds) == 1 else a.folds
+    if not a.table:
+        if not a.data:
+            parser.error("--data is needed to train")
+        methods = list(METHODS) if "all" in a.methods else a.methods
+        # what STAC's teacher is made of comes first
+        runs = sorted(((m, f) for m in methods for f in folds), key=lambda run: (run[0] == "stac", run[1]))
+        for fold in folds:
+            prepare(a, fold)
+        with ThreadPoolExecutor(a.jobs) as pool:
+            done = [pool.submit(one_run, a, method, fold, results) for method, fold in runs if method != "stac"]
+            failed = [str(e) for run in done if (e := run.exception())]
+            done = [pool.submit(one_run, a, method, fold, results) for method, fold in runs if method == "stac"]
+            failed += [str(e) for run in done if (e := run.exception())]
+        if failed:
+            sys.exit("\n".join(failed))
+    summary = summarize(a.name, a.percent, results)
+    (results / f"accuracy-{a.name}-{a.percent:g}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(table(summary))
+
+
+def prepare(a: argparse.Namespace, fold: int) -> None:
+    """Split a fold; `full.json` is its labelled and its unlabelled part together."""
+    folder = a.work / f"{a.name}-{a.percent:g}-{fold}"
+    if (folder / "full.json").exists():
+        return
+    split(a.data, str(folder), percent=a.percent, fold=fold, validation_fraction=a.validation_fraction)
+    parts = [json.loads((folder / f"{name}.json").read_text()) for name in ("labeled", "unlabeled")]
+    whole = parts[0] | {key: parts[0][key] + parts[1][key] for key in ("images", "annotations")}
+    (folder / "full.json").write_text(json.dumps(whole))
+
+
+def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
+    """Train a method on a fold and write its JSON, unless that is there."""
+    title = f"{a.name}-{a.percent:g}-{name}-{fold}"
+    file = results / "accuracy" / f"{title}.json"
+    if file.exists():
+        return
+    method, change = METHODS[name]
+    data, out = a.work / f"{a.name}-{a.percent:g}-{fold}", a.work / title
+    preset = f"{a.preset}+{change}" if change else a.preset
+    overrides = [f"method.name={method}", f"training.seed={fold}", *a.set]
+    if a.jobs > 1:
+        overrides.append(f"training.threads={max(1, (os.cpu_count() or 1) // a.jobs)}")
+    if a.quick:
+        overrides.append("training.iterations=20")
+    teacher = a.work / f"{a.name}-{a.percent:g}-supervised-{fold}"
+    if method == "stac" and (teacher / "provenance.json").exists():
+        overrides.append(f"method.label_model={teacher}")
+    settings = load_settings(preset, overrides)  # a typing error is told before hours of work
+    labeled = data / ("full.json" if name == "supervised_full" else "labeled.json")
+    command = [sys.executable, "-m", "softteacher", "train", "--labeled", labeled, "--out", out, "--preset", preset]
+    command += ["--unlabeled", data / "unlabeled.json", "--validation", data / "validation.json"]
+    for override in overrides:
+        command += ["--set", override]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (a.work / f"{title}.log").open("a") as log:
+        done = subprocess.run([str(c) for c in command], stdout=log, stderr=log, env={**os.environ, **quiet(a.jobs)})
+    if done.returncode:
+        raise RuntimeError(f"{title} failed ({done.returncode}): see {a.work / title}.log")
+    metrics, provenance = (json.loads((out / f"{n}.json").read_text()) for n in ("metrics", "provenance"))
+    rows = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    figures = {
+        "dataset": a.name,
+        "percent": a.percent,
+        "method": name,
+        "fold": fold,
+        "ap": metrics["teacher"]["AP"],
+        "ap50": metrics["teacher"]["AP50"],
+        "student_ap": metrics["student"]["AP"],
+        "per_class": metrics["teacher"]["per_class"],
+        "curve": [[row["step"], row["teacher_AP"]] for row in rows if "teacher_AP" in row],
+        "pseudo_boxes": [
+            [row["step"], *(round(row.get(f"pseudo_{k}", -1), 3) for k in ("boxes_cls", "precision", "recall"))]
+            for row in rows
+            if "pseudo_boxes_cls" in row
+        ][::5],
+        "training": provenance["training"],
+        "settings": settings.model_dump(mode="json"),
+        **machine(),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(figures, indent=None) + "\n")
+    print(f"{title}: AP {figures['ap']:.3f}, student {figures['student_ap']:.3f}", flush=True)
+
+
+def quiet(jobs: int) -> dict[str, str]:
+    """Environment of runs that share the cores: spinning threads would take them from each other."""
+    return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+
+def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
+    """Mean and deviation of each method over its folds, and the share of the gap that the default method closes."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in sorted((results / "accuracy").glob(f"{name}-{percent:g}-*.json")):
+        run = json.loads(file.read_text())
+        runs.setdefault(run["method"], {})[run["fold"]] = run
+    methods = {}
+    for method in [m for m in METHODS if m in runs]:
+        aps = [run["ap"] for run in runs[method].values()]
+        methods[method] = {
+            "ap_mean": statistics.mean(aps),
+            "ap_std": statistics.stdev(aps) if len(aps) > 1 else 0.0,
+            "runs": [
+                {"fold": fold, "ap": run["ap"], "ap50": run["ap50"], "student_ap": run["student_ap"]}
+                for fold, run in sorted(runs[method].items())
+            ],
+        }
+        if {"supervised", "supervised_full"} <= set(runs):
+            methods[method]["gap_closed"] = gap_closed(runs, method)
+    closed = methods.get("soft_teacher", {}).get("gap_closed")
+    return {"dataset": name, "percent": percent, "methods": methods, "gap_closed": closed, **machine()}
+
+
+def gap_closed(runs: dict[str, dict[int, dict[str, Any]]], method: str) -> float | None:
+    """(method - supervised) / (supervised_full - supervised), of means over the folds that both have."""
+    folds = sorted(set(runs[method]) & set(runs["supervised"]))
+    full = [run["ap"] for run in runs["supervised_full"].values()]
+    if not folds:
+        return None
+    low, reached = (statistics.mean(runs[m][f]["ap"] for f in folds) for m in ("supervised", method))
+    return (reached - low) / (statistics.mean(full) - low)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as a table in Markdown."""
+    lines = [
+        f"{summary['dataset']}, {summary['percent']:g} % labelled\n",
+        "| method | folds | AP | student's AP | AP50 | gap closed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, m in summary["methods"].items():
+        spread = f" ± {m['ap_std']:.3f}" if len(m["runs"]) > 1 else ""
+        student, ap50 = (statistics.mean(run[key] for run in m["runs"]) for key in ("student_ap", "ap50"))
+        gap = m.get("gap_closed")
+        shown = f"{gap:.0%}" if gap is not None and not name.startswith("supervised") else ""
+        figures = f"{m['ap_mean']:.3f}{spread} | {student:.3f} | {ap50:.3f} | {shown}"
+        lines.append(f"| {name} | {len(m['runs'])} | {figures} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Numbers that answer "why is it not learning": what the teacher finds, and how much of it is true."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from softteacher.detections import Detections
+
+
+def score_histogram(scores: Tensor) -> dict[str, float]:
+    """Detections per image in each tenth of the score, `teacher_scores/0.5` for .5 to .6; from scores [B, K]."""
+    tenth = (scores[scores > 0] * 10).long().clamp(max=9)
+    counts = torch.bincount(tenth, minlength=10).tolist()
+    return {f"teacher_scores/{n / 10}": count / len(scores) for n, count in enumerate(counts)}
+
+
+def pseudo_box_quality(found: list[Detections], boxes: list[Tensor], labels: list[Tensor]) -> dict[str, float]:
+    """Precision and recall of pseudo boxes against hidden labels at IoU .5, which no loss ever sees.
+
+    Args:
+        found: the pseudo boxes of each image, best first.
+        boxes: B x [n, 4] the truth in the same view.
+        labels: B x [n].
+
+    Returns:
+        `pseudo_precision` (nan without pseudo boxes) and `pseudo_recall` (nan without objects), over all images.
+    """
+    hits, claimed, there = 0, 0, 0
+    for d, truth, classes in zip(found, boxes, labels, strict=True):
+        free = torch.ones(len(truth), dtype=torch.bool, device=truth.device)
+        overlap = box_iou(d.boxes, truth) * (d.labels[:, None] == classes)
+        for row in overlap:
+            best = (row * free).argmax() if len(truth) else None
+            if best is not None and row[best] * free[best] > 0.5:
+                free[best], hits = False, hits + 1
+        claimed, there = claimed + len(d), there + len(truth)
+    return {
+        "pseudo_precision": hits / claimed if claimed else math.nan,
+        "pseudo_recall": hits / there if there else math.nan,
+    }

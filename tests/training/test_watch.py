@@ -1,0 +1,95 @@
+"""The guard lowers the weight of pseudo labels where they do harm; warnings are given once, in plain words."""
+
+import copy
+
+import pytest
+import torch
+
+from softteacher.config import load_settings
+from softteacher.methods.base import Method
+from softteacher.training.trainer import Trainer
+from softteacher.training.watch import guard, warn
+
+
+class Fake(Method):
+    def __init__(self, frequency=(1.0, 1.0)):
+        self.student = torch.nn.Linear(1, 1)
+        self.student.precision = torch.float32
+        self.teacher = copy.deepcopy(self.student)
+        self.trust, self.seen, self.frequency = 1.0, torch.tensor([5.0, 0.0]), torch.tensor(frequency)
+        self.classes = ["cat", "dog"]
+
+
+def trainer(*overrides):
+    fake = Fake()
+    settings = load_settings(None, ["training.iterations=1000", "method.burn_in=0.2", *overrides])
+    made = Trainer(fake.student, fake.teacher, fake, settings, torch.device("cpu"))
+    made.progress.best = {
+        "step": 200,
+        "teacher": {k: torch.full_like(v, 7) for k, v in fake.teacher.state_dict().items()},
+        "student": {k: torch.full_like(v, 5) for k, v in fake.student.state_dict().items()},
+    }
+    return made
+
+
+def validations(made, *scores):
+    for step, ap in scores:
+        made.progress.step = step
+        guard(made, ap)
+
+
+def test_harm_halves_the_trust_and_goes_back(capsys):
+    made = trainer()
+    validations(made, (100, 0.2), (200, 0.4), (300, 0.3))
+    assert made.method.trust == 0.5
+    assert (made.teacher.weight, made.student.weight) == (7, 5)
+    assert "step 300: pseudo labels do harm: the teacher's AP is 0.300, 0.400 before them" in capsys.readouterr().err
+    validations(made, (400, 0.1))
+    assert made.method.trust == 0.25
+    validations(made, (500, 0.1))
+    assert made.method.trust == 0
+    assert "they are left out now" in capsys.readouterr().err
+    validations(made, (600, 0.1))  # it is supervised training now, which does no harm
+    assert made.progress.facts()["guard_stepped_in"] == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scores"),
+    [
+        ([], [(200, 0.4), (300, 0.37), (400, 0.5)]),  # within what a small validation set says at random
+        (["method.guard=false"], [(200, 0.4), (300, 0.1)]),
+        (["method.burn_in=0"], [(200, 0.4), (300, 0.1)]),  # nothing to compare with
+    ],
+)
+def test_it_keeps_out(overrides, scores):
+    made = trainer(*overrides)
+    before = made.teacher.weight.item()
+    validations(made, *scores)
+    assert made.method.trust == 1
+    assert made.teacher.weight.item() == before
+
+
+@pytest.mark.parametrize(
+    ("step", "line", "said"),
+    [
+        (400, {"pseudo_boxes_cls": 0.0, "pseudo_boxes_pool": 0.0}, ["the teacher finds nothing"]),
+        (
+            400,
+            {"pseudo_boxes_cls": 0.5, "pseudo_boxes_pool": 0.9},
+            ["0.50 pseudo boxes an image where", "2.00"],
+        ),
+        (400, {"pseudo_boxes_cls": 1.5, "pseudo_boxes_pool": 2.0}, []),
+        (250, {"pseudo_boxes_cls": 0.0, "pseudo_boxes_pool": 0.0}, []),  # it has hardly begun
+        (600, {"pseudo_boxes_cls": 1.5, "pseudo_boxes_pool": 2.0}, ["never a pseudo box of dog:"]),
+        (600, {"loss": 1.0}, []),  # supervised
+    ],
+)
+def test_warnings(capsys, step, line, said):
+    made = trainer()
+    made.progress.step = step
+    for _ in range(2):
+        warn(made, line)
+    text = capsys.readouterr().err.replace("\n", " ")
+    assert len(made.progress.said) == (1 if said else 0)
+    assert text.count(f"step {step}: ") == (1 if said else 0)  # once each
+    assert all(part in text for part in said)

@@ -31,8 +31,8 @@ demo: venv  ## the main job, end to end, on this machine
 	@$(BIN)/softteacher demo --out $(OUT) $(if $(PERCENT),--percent $(PERCENT)) $(if $(DATA),--data "$(DATA)") \
 		$(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') $(if $(KEEP),--keep)
 
-test: venv  ## all tests
-	$(BIN)/python -m pytest
+test: venv  ## all tests, in two processes
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-browser: venv  ## the report in Debian's chromium
 	@test -x /usr/bin/chromium || test "$$(id -u)" != 0 || { apt-get update -qq && \

@@ -10,13 +10,20 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from softteacher.errors import UserError
 
+KINDS = ("fasterrcnn", "maskrcnn", "fcos")
+RESNETS, SWINS = ("resnet18", "resnet34", "resnet50", "resnet101"), ("swin_t", "swin_s", "swin_b")
+BACKBONES = (*RESNETS, *SWINS, "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "tiny")
+if TYPE_CHECKING:
+    DetectorName = str
+else:
+    DetectorName = Literal[tuple(f"{kind}_{backbone}_fpn" for kind in KINDS for backbone in BACKBONES)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=32, le=8192)]
 
@@ -72,32 +79,9 @@ class DataSettings(_Group):
 
 
 class DetectorSettings(_Group):
-    """Faster R-CNN, or Mask R-CNN, on a feature pyramid."""
+    """Faster R-CNN, Mask R-CNN or FCOS on a feature pyramid."""
 
-    name: Literal[
-        "fasterrcnn_resnet18_fpn",
-        "fasterrcnn_resnet34_fpn",
-        "fasterrcnn_resnet50_fpn",
-        "fasterrcnn_resnet101_fpn",
-        "fasterrcnn_swin_t_fpn",
-        "fasterrcnn_swin_s_fpn",
-        "fasterrcnn_swin_b_fpn",
-        "fasterrcnn_mobilenet_v2_fpn",
-        "fasterrcnn_mobilenet_v3_large_fpn",
-        "fasterrcnn_mobilenet_v3_small_fpn",
-        "fasterrcnn_tiny_fpn",
-        "maskrcnn_resnet18_fpn",
-        "maskrcnn_resnet34_fpn",
-        "maskrcnn_resnet50_fpn",
-        "maskrcnn_resnet101_fpn",
-        "maskrcnn_swin_t_fpn",
-        "maskrcnn_swin_s_fpn",
-        "maskrcnn_swin_b_fpn",
-        "maskrcnn_mobilenet_v2_fpn",
-        "maskrcnn_mobilenet_v3_large_fpn",
-        "maskrcnn_mobilenet_v3_small_fpn",
-        "maskrcnn_tiny_fpn",
-    ] = Field("fasterrcnn_resnet50_fpn", description="architecture")
+    name: DetectorName = Field("fasterrcnn_resnet50_fpn", description="architecture")
     backbone_weights: str | None = Field(
         None, description="torchvision weights name (IMAGENET1K_V1), local path or s3:// URI; none: random"
     )
@@ -119,13 +103,14 @@ class DetectorSettings(_Group):
         "backbone_weights or init_from",
     )
     finest_stride: Literal[4, 8] = Field(
-        4, description="of the finest pyramid level; 8 does without the level that takes most of the time"
+        4, description="of the finest pyramid level; 8 does without the level that takes most of the time. FCOS: 8"
     )
     fpn_channels: int = Field(256, ge=8, le=1024, description="channels of every pyramid level")
     head_channels: int = Field(
         1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"
     )
     mask_channels: int = Field(256, ge=8, le=1024, description="maskrcnn: width of the mask head's convolutions")
+    head_convs: int = Field(4, ge=1, le=8, description="FCOS: 3x3 convolutions of each branch of the head")
     anchor_scale: float = Field(8.0, gt=0, description="anchor side over the stride of its level")
     pre_nms_train: int = Field(
         2000, ge=1, description="anchors kept per level before NMS, in training and by the teacher"
@@ -217,6 +202,12 @@ class TrainingSettings(_Group):
         "batch both follow: lr x batch/reference, iterations x reference/batch; none: they stay",
     )
     lr: float = Field(0.01, gt=0, description="learning rate after warm-up")
+    backbone_lr: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of the backbone over lr; pretrained ones want less",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of SGD")
     warmup_iterations: int = Field(500, ge=0, description="linear warm-up of the learning rate")
@@ -366,6 +357,6 @@ def _as_number(text: str) -> Any:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    tail = [k for k in known if k.endswith("." + word)]  # `--set iterations=5`
-    close = tail or difflib.get_close_matches(word, known, n=1, cutoff=0.4 if len(known) < 12 else 0)
+    tail = [k for k in known if k.endswith("." + word) or f"_{word}_" in k]  # `--set iterations=5`, or a backbone alone
+    close = tail or difflib.get_close_matches(word, known, n=1, cutoff=0 if "." in known[0] else 0.4)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"

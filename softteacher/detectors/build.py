@@ -11,6 +11,7 @@ from softteacher.console import say
 from softteacher.detectors.backbones import build_backbone, read_state
 from softteacher.detectors.base import Detector
 from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.detectors.fcos import FCOS
 from softteacher.detectors.mask_rcnn import MaskRCNN
 from softteacher.errors import UserError
 
@@ -29,7 +30,8 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
         UserError: the weights are missing, or don't fit the architecture.
     """
     stages, channels = build_backbone(settings, load_backbone)
-    detector = (MaskRCNN if settings.masks else FasterRCNN)(stages, channels, classes, settings)
+    kinds = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN, "fcos": FCOS}
+    detector = kinds[settings.name.split("_", 1)[0]](stages, channels, classes, settings)
     if "_swin_" in settings.name:
         # its stages hand on sums of residuals, which nothing has normalised
         for block, width in zip(detector.fpn.inner_blocks, channels[detector.first_level :], strict=True):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from softteacher.config import Settings
 from softteacher.detectors.base import Detector
+from softteacher.detectors.fcos import FCOS
 from softteacher.detectors.mask_rcnn import MaskRCNN
 from softteacher.errors import UserError
 from softteacher.methods.base import Method
 from softteacher.methods.mask_soft_teacher import MaskSoftTeacher
 from softteacher.methods.mean_teacher import MeanTeacher
+from softteacher.methods.one_stage import OneStageSoftTeacher
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.methods.stac import Stac
 from softteacher.methods.supervised import Supervised
@@ -22,7 +24,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(settings: Settings, student: Detector, teacher: Detector, frequency: dict[str, float]) -> Method:
-    """The method that `method.name` names.
+    """The method that `method.name` names, in the form for the student's kind of detector.
 
     Args:
         settings: all of them.
@@ -34,8 +36,8 @@ def build_method(settings: Settings, student: Detector, teacher: Detector, frequ
         UserError: the method can't do this with this detector.
     """
     method = METHODS[settings.method.name]
-    if method is SoftTeacher and isinstance(student, MaskRCNN):
-        method = MaskSoftTeacher
+    if method is SoftTeacher and isinstance(student, FCOS | MaskRCNN):
+        method = OneStageSoftTeacher if isinstance(student, FCOS) else MaskSoftTeacher
         if settings.method.mixup:
-            raise UserError("method.mixup: a mask can't be laid over another; set it to 0 for a maskrcnn detector")
+            raise UserError("method.mixup: only fasterrcnn detectors can be taught by mixed views; set it to 0")
     return method(student, teacher, settings, frequency)

@@ -1,4 +1,4 @@
-"""Soft Teacher with masks (paper, section 4.4): the masks of pseudo boxes follow the views."""
+"""Soft Teacher for instance segmentation: the masks of pseudo boxes follow the views."""
 
 from __future__ import annotations
 

@@ -120,11 +120,16 @@ class Trainer:
         self.progress = Progress()
         s = settings.training
         self.parameters = [p for p in student.parameters() if p.requires_grad]
+        named = [(name.startswith("backbone."), p) for name, p in student.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for inside, p in named if inside == backbone], "scale": s.backbone_lr if backbone else 1.0}
+            for backbone in (False, True)
+        ]
         self.optimizer: torch.optim.Optimizer
         if s.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.parameters, s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+            self.optimizer = torch.optim.SGD(groups, s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, s.lr, weight_decay=s.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, s.lr, weight_decay=s.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=student.precision == torch.float16)
         losses = _Losses(student, method)
         # no buffer ever changes; the option's name depends on torch's age
@@ -158,7 +163,7 @@ class Trainer:
                 len(batch.labeled.images) + (len(batch.strong.images) if batch.strong else 0)
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(p.step, s)
+            group["lr"] = learning_rate(p.step, s) * group["scale"]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, s.clip_gradient or math.inf)
         if torch.isfinite(norm):

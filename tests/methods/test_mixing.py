@@ -75,6 +75,7 @@ def test_a_step(share):
     torch.stack(list(losses.values())).sum().backward()
 
 
-def test_masks_are_refused():
-    with pytest.raises(UserError, match="a mask can't be laid over another"):
-        method("method.mixup=0.5", name="maskrcnn_tiny_fpn")
+@pytest.mark.parametrize("name", ["maskrcnn_tiny_fpn", "fcos_tiny_fpn"])
+def test_other_detectors_are_refused(name):
+    with pytest.raises(UserError, match="only fasterrcnn detectors"):
+        method("method.mixup=0.5", name=name)

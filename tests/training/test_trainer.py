@@ -68,6 +68,27 @@ def test_it_minimises_the_sum_and_the_teacher_follows(tmp_path):
     assert any(p.name.startswith("events.out.tfevents") for p in tmp_path.iterdir())
 
 
+def test_the_backbone_has_a_learning_rate_of_its_own():
+    student = torch.nn.ModuleDict({"backbone": torch.nn.Linear(1, 1), "head": torch.nn.Linear(1, 1)})
+    student["backbone"].bias.requires_grad_(False)
+    student.precision = torch.float32
+    fake = Fake()
+    fake.losses = lambda batch, step: ({"a": sum(p.sum() for p in student.parameters())}, {})
+    chosen = ["training.lr=0.1", "training.backbone_lr=0.25", "training.warmup_iterations=0", "training.momentum=0"]
+    settings = load_settings(None, [*chosen, "training.weight_decay=0"])
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    Trainer(student, copy.deepcopy(student), fake, settings, torch.device("cpu")).step([Batch(noise_views())])
+    moved = {k: (before[k] - v).item() for k, v in student.state_dict().items()}
+    expected = {"backbone.weight": 0.025, "backbone.bias": 0, "head.weight": 0.1, "head.bias": 0.1}
+    assert moved == pytest.approx(expected, abs=1e-6)
+
+
+def test_cosine():
+    s = load_settings(None, ["training.lr_schedule=cosine", "training.iterations=100", "training.warmup_iterations=0"])
+    rates = [learning_rate(step, s.training) for step in (0, 50, 100)]
+    assert rates == pytest.approx([0.01, 0.005, 0])
+
+
 def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path):
     """Two batches a step: the loss is that of the weights before it, twice, and the images count twice."""
     (tmp_path / "one").mkdir()

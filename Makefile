@@ -10,7 +10,7 @@ OUT ?= demo-output
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.py)
 
-.PHONY: help venv demo test lint images clean
+.PHONY: help venv demo test test-browser lint images clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -33,6 +33,13 @@ demo: venv  ## the main job, end to end, on this machine
 
 test: venv  ## all tests, in two processes
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-browser: venv  ## the report in Debian's chromium
+	@test -x /usr/bin/chromium || test "$$(id -u)" != 0 || { apt-get update -qq && \
+		apt-get install -qq -y --no-install-recommends chromium fonts-liberation; }
+	@test -x /usr/bin/chromium || { echo "chromium is missing: apt-get install chromium fonts-liberation"; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest tests/browser
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

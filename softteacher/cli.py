@@ -134,6 +134,39 @@ def evaluate(
     _facts({key: round((metrics | masks)[key], 4) for key in keys if key in metrics | masks})
 
 
+@app.command(epilog="Example: softteacher analyze --model model --data s/validation.json --out analysis")
+def analyze(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    data: Annotated[str, typer.Option(help="Manifest or COCO json with boxes.")],
+    out: Annotated[str, typer.Option(help="Folder for the report, three figures and analysis.json.")],
+    weights: Annotated[WeightsName, typer.Option(help="Whose boxes are looked at.")] = WeightsName.teacher,
+    images: Annotated[str | None, typer.Option(help="Folder of the images, where the data set's is another.")] = None,
+) -> None:
+    """Evaluate, and show which of the model's boxes can be believed: the paper's Figure 3 for your own data."""
+    from softteacher.evaluation.analyze import analyze as run
+
+    facts = run(model, data, out, weights=weights.value, images=images)
+    _facts({"best_f1": facts["best_f1"], "advice": facts["advice"]})
+
+
+@app.command(
+    epilog="Example: softteacher rank --model model --unlabeled s/unlabeled.json --labeled s/labeled.json --top 100 "
+    "--out ranking"
+)
+def rank(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    unlabeled: Annotated[str, typer.Option(help="Manifest, COCO json, folder or s3:// prefix of images.")],
+    out: Annotated[str, typer.Option(help="Folder for the list, to_label.json and contact_sheet.jpg.")],
+    top: Annotated[int, typer.Option(help="Number of images.")] = 100,
+    labeled: Annotated[str | None, typer.Option(help="The labels so far; by default those of the training.")] = None,
+) -> None:
+    """Find the unlabelled images that are most worth labelling next."""
+    from softteacher.evaluation.rank import rank as run
+
+    rows = run(model, unlabeled, out, top=top, labeled=labeled)
+    _facts({"images": len(rows), "first": rows[0]["file_name"]})
+
+
 @app.command(epilog="Example: softteacher export --model model --out onnx")
 def export(
     model: Annotated[str, typer.Option(help="Model folder.")],

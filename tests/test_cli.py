@@ -14,7 +14,7 @@ from softteacher import cli, storage
 from softteacher.config import Settings
 from tests.samples import TINY, coco_tree, write_coco, write_json
 
-COMMANDS = ("split", "train", "evaluate", "export", "deploy", "predict", "config", "demo")
+COMMANDS = ("split", "train", "evaluate", "analyze", "rank", "export", "deploy", "predict", "config", "demo")
 SETS = [part for override in TINY for part in ("--set", override)]
 
 
@@ -74,6 +74,17 @@ def test_the_main_line(run, digits, trained, exported, tmp_path):
     )
     assert code == 0
     assert set(json.loads(printed.splitlines()[-1])) == {"AP", "AP50", "AP75"}
+    code, printed, _ = run(
+        "analyze", "--model", tmp_path / "m", "--data", out / "validation.json", "--out", tmp_path / "a"
+    )
+    assert code == 0
+    assert set(json.loads(printed.splitlines()[-1])) == {"best_f1", "advice"}
+    code, printed, _ = run(
+        "rank", "--model", tmp_path / "m", "--unlabeled", out / "unlabeled.json", "--top", "3", "--out", tmp_path / "r"
+    )
+    assert code == 0
+    facts = json.loads(printed.splitlines()[-1])
+    assert facts == {"images": 3, "first": json.loads((tmp_path / "r" / "ranking.json").read_text())[0]["file_name"]}
 
 
 def test_config(run):

@@ -153,6 +153,15 @@ def find_annotations(data: str) -> tuple[str, str | None]:
     return storage.join(folder, train[0]), storage.join(folder, val[0]) if val else None
 
 
+def load_unlabeled(source: str) -> CocoDataset:
+    """Unlabelled images: of a manifest or COCO json, whose boxes are optional, or of a folder or prefix.
+
+    Raises:
+        UserError: there is no such thing, or the json is wrong.
+    """
+    return load_coco(source, labeled=False) if source.endswith(".json") else images_only(source)
+
+
 @without_gc()
 def images_only(folder: str) -> CocoDataset:
     """A folder or prefix of images as a data set without classes and boxes; ids count from 1 by sorted name.

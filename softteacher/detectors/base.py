@@ -75,7 +75,11 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> list[Detections]:
         """Detect objects: uint8 RGB [B, 3, H, W] and [B, 2] sizes in, one `Detections` an image out."""
-        boxes, scores, labels = self.detect(self.features(images), sizes)
+        return self.detections(self.features(images), sizes)
+
+    def detections(self, features: list[Tensor], sizes: Tensor) -> list[Detections]:
+        """What `detect` finds at test, without its unused places: one `Detections` an image."""
+        boxes, scores, labels = self.detect(features, sizes)
         return [Detections(b, s, n)[s > 0] for b, s, n in zip(boxes, scores, labels, strict=True)]
 
     def autocast(self, x: Tensor) -> torch.autocast:

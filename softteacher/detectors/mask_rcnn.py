@@ -79,11 +79,9 @@ class MaskRCNN(FasterRCNN):
         logits = self.mask_head(features, chosen.boxes, chosen.labels)
         return losses | {"mask": mask_loss(logits, torch.cat(targets))}
 
-    def forward(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Detect objects: as `Detector.forward`, with masks."""
-        features = self.features(images)
-        places = zip(*self.detect(features, sizes), strict=True)
-        found = [Detections(b, s, n)[s > 0] for b, s, n in places]
+    def detections(self, features: list[Tensor], sizes: Tensor) -> list[Detections]:
+        """What `detect` finds at test, with masks: see `Detector.detections`."""
+        found = super().detections(features, sizes)
         logits = self.mask_head(features, [d.boxes for d in found], torch.cat([d.labels for d in found]))
         masks = logits.sigmoid().split([len(d) for d in found])
         return [replace(d, masks=m) for d, m in zip(found, masks, strict=True)]

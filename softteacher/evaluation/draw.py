@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import colorsys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from softteacher.detections import Detections
+from softteacher.detections import Detections, paste_masks
+
+TILE = 480  # pixels, the long side of a picture on a contact sheet
+COLUMNS = 4
 
 
 def draw(
@@ -50,6 +55,38 @@ def draw(
         luminance = 0.3 * red + 0.59 * green + 0.11 * blue
         canvas.text((x1 + 3 - left, y + 2 - top), text, font=font, fill="black" if luminance > 140 else "white")
     return picture
+
+
+def tile(image: Image.Image, detections: Detections, classes: Sequence[str], caption: str) -> Image.Image:
+    """A small picture of an image with its boxes, masks and up to three lines of text, for `contact_sheet`."""
+    small = image.copy()
+    small.thumbnail((TILE, TILE))
+    scale = np.array([small.width / image.width, small.height / image.height] * 2)
+    scaled = replace(detections, boxes=detections.boxes * scale)
+    masks = () if scaled.masks is None else paste_masks(scaled, small.height, small.width)
+    picture = draw(small, scaled, classes, masks=list(masks))
+    picture.thumbnail((TILE, TILE))
+    lines = textwrap.wrap(caption, 54, max_lines=3, placeholder=" ...")
+    out = Image.new("RGB", (TILE, picture.height + 22 * len(lines) + 10), "white")
+    out.paste(picture, ((TILE - picture.width) // 2, 0))
+    font = ImageFont.load_default(size=17)
+    for n, line in enumerate(lines):
+        ImageDraw.Draw(out).text((4, picture.height + 4 + 22 * n), line, font=font, fill="black")
+    return out
+
+
+def contact_sheet(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of width `TILE` on one sheet, row by row, at least one."""
+    gap, columns = 12, min(COLUMNS, len(tiles))
+    rows = [tiles[n : n + columns] for n in range(0, len(tiles), columns)]
+    heights = [max(t.height for t in row) for row in rows]
+    size = (columns * (TILE + gap) + gap, sum(heights) + gap * (len(rows) + 1))
+    sheet, y = Image.new("RGB", size, "white"), gap
+    for row, height in zip(rows, heights, strict=True):
+        for n, picture in enumerate(row):
+            sheet.paste(picture, (gap + n * (TILE + gap), y))
+        y += height + gap
+    return sheet
 
 
 def _colour(label: int) -> tuple[int, int, int]:

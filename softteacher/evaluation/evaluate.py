@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from softteacher import storage
 from softteacher.console import say
-from softteacher.data.coco import load_coco
+from softteacher.data.coco import CocoDataset, load_coco
 from softteacher.data.masks import require_masks
+from softteacher.detectors.base import Detector
 from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
-from softteacher.evaluation.inference import score
-from softteacher.evaluation.report import write_report
+from softteacher.evaluation.inference import Scored, score
+from softteacher.evaluation.report import Section, write_report
 from softteacher.model_folder import WEIGHTS, ModelFolder, Weights
 
 
@@ -34,31 +39,73 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
     """
     with storage.local_input(model) as path:
         source = ModelFolder(path, model)
-        dataset = load_coco(data)
-        if dataset.categories != source.categories:
-            raise UserError(
-                f"{data}: its classes are not those that {model} was trained on; use a data set with the same"
-            )
-        settings = source.settings
-        if settings.detector.masks:
-            require_masks(dataset)
-        device = find_device(settings.training.device)
-        scored: dict[str, Any] = {}
+        dataset = load_labelled(source, data)
+        scored: dict[Weights, Scored] = {}
         for name in [weights] if weights else WEIGHTS:
-            detector = source.detector(name).to(device)
-            detector.precision = find_precision(settings.training.precision, device)
-            scored[name] = score(detector, dataset, settings, device)
-            of_boxes = scored[name][0]
-            for what, ap in (("", of_boxes), (" masks", of_boxes.get("segm"))):
-                if ap:
-                    say(f"evaluate: {name}{what} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")
-        shown: Weights = weights or "teacher"
-        numbers, results, readable = scored[shown]
-        metrics = numbers | {"weights": shown} | {name: found[0] for name, found in scored.items()}
+            detector, device = load_detector(source, name)
+            scored[name] = score(detector, dataset, source.settings, device)
+            say_score(name, scored[name][0])
         with storage.output_folder(out) as folder:
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-            (folder / "detections.json").write_text(json.dumps(results))
-            page = write_report(readable, results, metrics, source.provenance)
-            # a file name need not be valid Unicode
-            (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+            return write_evaluation(folder, source, scored, weights or "teacher")
+
+
+def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> CocoDataset:
+    """The data set that a model is scored on.
+
+    Args:
+        source: the model.
+        data: manifest or COCO json with boxes, and for a detector with masks with these.
+        images: folder or prefix of its images; none: where the data set says.
+
+    Raises:
+        UserError: it can't be read, has other classes than the model, or lacks masks.
+    """
+    dataset = load_coco(data, images)
+    if dataset.categories != source.categories:
+        raise UserError(
+            f"{data}: its classes are not those that {source.name} was trained on; use a data set with the same"
+        )
+    if source.settings.detector.masks:
+        require_masks(dataset)
+    return dataset
+
+
+def load_detector(source: ModelFolder, weights: Weights) -> tuple[Detector, torch.device]:
+    """A detector of a model folder, on the device and with the precision of its settings."""
+    device = find_device(source.settings.training.device)
+    detector = source.detector(weights).to(device)
+    detector.precision = find_precision(source.settings.training.precision, device)
+    return detector, device
+
+
+def say_score(name: str, metrics: dict[str, Any]) -> None:
+    """The line for the user about one detector's score, and one about that of its masks."""
+    for what, ap in (("", metrics), (" masks", metrics.get("segm"))):
+        if ap:
+            say(f"evaluate: {name}{what} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")
+
+
+def write_evaluation(
+    folder: Path,
+    source: ModelFolder,
+    scored: dict[Weights, Scored],
+    shown: Weights,
+    sections: Sequence[Section] = (),
+) -> dict[str, Any]:
+    """Write `metrics.json`, `detections.json` and `report.html`; returns the metrics.
+
+    Args:
+        folder: where to.
+        source: the model.
+        scored: what `score` gave for each of its weights.
+        shown: whose detections are written.
+        sections: further ones of the report.
+    """
+    numbers, results, readable = scored[shown]
+    metrics = numbers | {"weights": shown} | {name: found[0] for name, found in scored.items()}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    (folder / "detections.json").write_text(json.dumps(results))
+    page = write_report(readable, results, metrics, source.provenance, sections)
+    # a file name need not be valid Unicode
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     return metrics

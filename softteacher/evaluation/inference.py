@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from softteacher import distributed
 from softteacher.config import Settings
@@ -20,12 +21,17 @@ from softteacher.detectors.base import Detector
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.storage import MissingFile
 
+# COCO metrics, detections in COCO results format, and the data set without broken images
+Scored = tuple[dict[str, Any], list[dict[str, Any]], CocoDataset]
+
 
 @torch.inference_mode()
 def detect_dataset(
-    detector: Detector, dataset: CocoDataset, settings: Settings, device: torch.device, title: str = "evaluate"
+    detector: nn.Module, dataset: CocoDataset, settings: Settings, device: torch.device, title: str = "evaluate"
 ) -> dict[int, Detections]:
     """Detections (numpy, pixels of the original image) by image id; broken images are counted and left out.
+
+    The detector is a `Detector`, or another module that is called like one, e.g. an `Observer`.
 
     Of many processes each takes a share of the batches, and gets all detections.
 
@@ -73,11 +79,13 @@ def detect_dataset(
     return found
 
 
-def score(
-    detector: Detector, dataset: CocoDataset, settings: Settings, device: torch.device
-) -> tuple[dict[str, Any], list[dict[str, Any]], CocoDataset]:
+def score(detector: Detector, dataset: CocoDataset, settings: Settings, device: torch.device) -> Scored:
     """COCO metrics of a detector, its detections in COCO results format, and the data set without broken images."""
-    found = detect_dataset(detector, dataset, settings, device)
+    return score_found(dataset, detect_dataset(detector, dataset, settings, device), settings)
+
+
+def score_found(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:
+    """What `score` gives, of detections that are there already."""
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     results = coco_results(dataset, found)
     return distributed.once(lambda: coco_metrics(dataset, results, settings.detector.masks)), results, dataset

@@ -36,7 +36,7 @@ def coco_results(dataset: CocoDataset, found: dict[int, Detections]) -> list[dic
         }
         for image_id, d in sorted(found.items())
         for (x1, y1, x2, y2), score, label, more in zip(
-            d.boxes.tolist(), d.scores.tolist(), d.labels.tolist(), _run_lengths(d, size[image_id]), strict=True
+            d.boxes.tolist(), d.scores.tolist(), d.labels.tolist(), run_lengths(d, *size[image_id]), strict=True
         )
     ]
 
@@ -68,14 +68,20 @@ def coco_metrics(dataset: CocoDataset, results: list[dict[str, Any]], masks: boo
     return metrics
 
 
-def _run_lengths(d: Detections, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """`segmentation` of each detection; nothing of those without masks."""
+def run_lengths(d: Detections, height: int, width: int) -> Iterator[dict[str, Any]]:
+    """For each detection `segmentation`, compressed run lengths of its mask; nothing for those without masks.
+
+    Args:
+        d: in pixels of the image.
+        height: of the image.
+        width: of the image.
+    """
     for n in range(len(d)):
         if d.masks is None:
             yield {}
         else:
-            encoded = coco_mask.encode(np.asfortranarray(paste_masks(d[n : n + 1], *size)[0].astype(np.uint8)))
-            yield {"segmentation": {"size": list(size), "counts": encoded["counts"].decode()}}
+            encoded = coco_mask.encode(np.asfortranarray(paste_masks(d[n : n + 1], height, width)[0].astype(np.uint8)))
+            yield {"segmentation": {"size": [height, width], "counts": encoded["counts"].decode()}}
 
 
 def _numbers(dataset: CocoDataset, truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""`report.html`: one self-contained page with the numbers, the curve, the classes, the best and the worst images."""
+"""`report.html`: one self-contained page: verdict, numbers, figures, classes, the best and the worst images."""
 
 from __future__ import annotations
 
 import base64
 import collections
 import io
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -12,8 +13,6 @@ import jinja2
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as coco_mask
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.ops import box_iou
 
@@ -22,13 +21,34 @@ from softteacher.data.coco import CocoDataset
 from softteacher.detections import Detections
 from softteacher.evaluation.draw import draw
 from softteacher.evaluation.metrics import KEYS
+from softteacher.evaluation.plots import recall_curve
 
 SHOWN_SCORE = 0.3
 GALLERY = 6
+MEANINGS = {
+    "AP": "mean over IoU .50 to .95",
+    "AP50": "detections that overlap by half count",
+    "AP75": "detections must fit well",
+    "APs": "small objects, under 32 x 32 pixels",
+    "APm": "medium objects",
+    "APl": "large objects, over 96 x 96 pixels",
+    "AR1": "share of objects found, 1 detection an image",
+    "AR10": "the same, 10 detections an image",
+    "AR100": "share of objects found, 100 detections an image",
+    "ARs": "the same, small objects",
+    "ARm": "medium objects",
+    "ARl": "large objects",
+}
+
+Section = tuple[str, str, bytes]  # title, text, PNG
 
 
 def write_report(
-    dataset: CocoDataset, results: list[dict[str, Any]], metrics: dict[str, Any], provenance: dict[str, Any]
+    dataset: CocoDataset,
+    results: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    provenance: dict[str, Any],
+    sections: Sequence[Section] = (),
 ) -> str:
     """The page as a string of HTML without any outside reference.
 
@@ -37,6 +57,7 @@ def write_report(
         results: detections in COCO results format.
         metrics: of `evaluate`.
         provenance: of the model folder.
+        sections: further figures, each with title and text.
     """
     found = _by_image(dataset, results)
     order = sorted(range(len(dataset)), key=lambda i: _image_f1(dataset, i, found))
@@ -49,12 +70,16 @@ def write_report(
     return template.render(
         metrics=metrics,
         keys=KEYS,
+        meanings=MEANINGS,
         columns=columns,
+        verdict=verdict(metrics, len(dataset)),
+        sections=[(title, text, _inline_png(png)) for title, text, png in sections],
+        curve=_inline_png(recall_curve(metrics["curve"])),
         tables=[
-            (title, [(name, m) for name in columns if (m := metrics[name].get(key) if key else metrics[name])])
+            (title, [metrics[name][key] if key else metrics[name] for name in columns])
             for title, key in (("COCO numbers", None), ("COCO numbers of the masks", "segm"))
+            if not key or key in metrics
         ],
-        curve=_curve(metrics["curve"]),
         classes=[(name, counts[name], [metrics[c]["per_class"][name] for c in columns]) for name in dataset.classes],
         galleries=[
             ("Best images", [_card(dataset, i, found, results) for i in reversed(scored[-GALLERY:])]),
@@ -65,6 +90,22 @@ def write_report(
         source=dataset.source,
         shown_score=SHOWN_SCORE,
     )
+
+
+def verdict(metrics: dict[str, Any], images: int) -> str:
+    """The result in a sentence or two."""
+    shown = metrics["weights"]
+    other = "student" if shown == "teacher" else "teacher"
+    text = f"The {shown} reaches an AP of {metrics['AP']:.3f} on {images} image{'s' * (images != 1)}"
+    if other in metrics and shown in metrics:
+        lead = round(metrics["AP"] - metrics[other]["AP"], 3)
+        than = f"{abs(lead):.3f} {'above' if lead > 0 else 'below'} the {other}"
+        text += f", {than}" if lead else f", as the {other} does"
+    known = {name: ap for name, ap in metrics["per_class"].items() if ap is not None}
+    if len(known) > 1:
+        best, worst = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+        text += f". Best class: {best} ({known[best]:.3f}); worst: {worst} ({known[worst]:.3f})"
+    return f"{text}."
 
 
 def _by_image(dataset: CocoDataset, results: list[dict[str, Any]]) -> dict[int, Detections]:
@@ -113,15 +154,5 @@ def _inline(picture: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _curve(curve: dict[str, list[float]]) -> str:
-    figure = Figure(figsize=(5, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for iou, precision in curve.items():
-        axes.plot(np.linspace(0, 1, len(precision)), precision, label=f"IoU {iou}", linewidth=2)
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _inline_png(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -24,7 +24,7 @@ from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
 from softteacher.data.masks import require_masks
-from softteacher.data.split import images_only
+from softteacher.data.split import load_unlabeled
 from softteacher.detectors.build import build
 from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
@@ -261,9 +261,7 @@ def git_sha() -> str | None:
 def _unlabeled(unlabeled: str | None, train_set: CocoDataset, settings: Settings) -> CocoDataset | None:
     if settings.method.name == "supervised":
         return None
-    found = None
-    if unlabeled is not None:
-        found = load_coco(unlabeled, labeled=False) if unlabeled.endswith(".json") else images_only(unlabeled)
+    found = load_unlabeled(unlabeled) if unlabeled is not None else None
     if not found:
         say(f"warning: no unlabelled images ({unlabeled or 'no --unlabeled'}): this is supervised training then")
         return None

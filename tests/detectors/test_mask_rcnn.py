@@ -51,6 +51,8 @@ def test_detections_have_masks(detector):
     assert all(((d.masks >= 0) & (d.masks <= 1)).all() for d in found)
     alone = detector(views.images[1:], SIZES[1:])[0]
     torch.testing.assert_close(alone.masks, found[1].masks, atol=1e-4, rtol=1e-3)
+    from_features = detector.detections(detector.features(views.images), SIZES)
+    assert all((a.masks == b.masks).all() for a, b in zip(from_features, found, strict=True))
 
 
 def square(side=64):

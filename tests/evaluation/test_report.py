@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from softteacher.evaluation.metrics import coco_metrics, coco_results
-from softteacher.evaluation.report import GALLERY, write_report
+from softteacher.evaluation.plots import recall_curve
+from softteacher.evaluation.report import GALLERY, verdict, write_report
 from tests.evaluation.test_metrics import perfect
 from tests.samples import coco_tree, dataset, write_coco
 
@@ -44,11 +45,12 @@ def page(tmp_path_factory):
     numbers = coco_metrics(data, results)
     metrics = numbers | {"weights": "student", "student": numbers}
     provenance = {"method": "soft_teacher", "created": "today", "git_sha": None}
-    return Page(write_report(data, results, metrics, provenance)), metrics
+    sections = [(f"Figure of {NASTY}", "What it says.", recall_curve(numbers["curve"]))]
+    return Page(write_report(data, results, metrics, provenance, sections)), metrics
 
 
 def test_no_outside_reference(page):
-    assert len(page[0].links) == 2 + 2 * GALLERY  # icon, curve, galleries
+    assert len(page[0].links) == 3 + 2 * GALLERY  # icon, section, curve, galleries
     assert all(link.startswith("data:") for link in page[0].links)
     assert not {"script", "iframe", "object", "form"} & set(page[0].tags)
 
@@ -58,16 +60,38 @@ def test_pictures_are_pictures(page):
     for link in pictures:
         image = Image.open(io.BytesIO(base64.b64decode(link.split("base64,")[1])))
         assert np.asarray(image).std() > 0
-    assert len(pictures) == 1 + 2 * GALLERY
+    assert len(pictures) == 2 + 2 * GALLERY
 
 
 def test_numbers_and_names(page):
     parsed, metrics = page
     words = parsed.words
     assert NASTY in words
+    assert {f"Figure of {NASTY}", "What it says."} <= set(words)
     for key in ("AP", "AP50", "AP75", "AR100"):
         assert f"{metrics[key]:.3f}" in words
     assert f"{metrics['per_class']['dog']:.3f}" in words
     captions = [int(m.group(1)) for w in words if (m := re.search(r"\(id (\d+)\)$", w))]
     assert "<b>ü.png (id 1)" in words
     assert captions == [1, 2, 3, 4, 5, 6, 13, 12, 11, 10, 9, 8]
+
+
+@pytest.mark.parametrize(
+    ("weights", "teacher", "student", "expected"),
+    [
+        ("teacher", 0.5, 0.4, "The teacher reaches an AP of 0.500 on 8 images, 0.100 above the student. "
+         "Best class: b (0.700); worst: a (0.300)."),
+        ("teacher", 0.4, 0.5, "The teacher reaches an AP of 0.400 on 8 images, 0.100 below the student. "
+         "Best class: b (0.700); worst: a (0.300)."),
+        ("student", 0.4, 0.4, "The student reaches an AP of 0.400 on 8 images, as the teacher does. "
+         "Best class: b (0.700); worst: a (0.300)."),
+        ("student", None, 0.4, "The student reaches an AP of 0.400 on 8 images. "
+         "Best class: b (0.700); worst: a (0.300)."),
+    ],
+)  # fmt: skip
+def test_verdict(weights, teacher, student, expected):
+    scores = {name: {"AP": ap} for name, ap in (("teacher", teacher), ("student", student)) if ap is not None}
+    classes = {"a": 0.3, "b": 0.7, "none in the data": None}
+    assert verdict(scores[weights] | scores | {"weights": weights, "per_class": classes}, 8) == expected
+    alone = {"AP": 0.3, "weights": weights, "per_class": {"a": 0.3}}
+    assert verdict(alone, 1) == f"The {weights} reaches an AP of 0.300 on 1 image."

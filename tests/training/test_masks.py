@@ -1,12 +1,17 @@
-"""The doors `train` and `evaluate` with a detector that has masks."""
+"""The doors `train`, `evaluate`, `analyze` and `rank` with a detector that has masks."""
 
 import json
 
 import pytest
+from faster_coco_eval.core import mask as coco_mask
 
 from softteacher.config import load_settings
+from softteacher.data.coco import load_coco
+from softteacher.data.masks import require_masks
 from softteacher.errors import UserError
+from softteacher.evaluation.analyze import analyze
 from softteacher.evaluation.evaluate import evaluate
+from softteacher.evaluation.rank import rank
 from softteacher.training.train import train
 from tests.samples import MASK_TINY, coco_tree, polygon_tree, write_coco, write_json
 
@@ -41,6 +46,25 @@ def test_train_and_evaluate(data, tmp_path, capsys):
     assert results
     assert all(row["segmentation"]["size"] == [24, 32] for row in results)
     assert "COCO numbers of the masks" in (tmp_path / "out" / "report.html").read_text()
+    facts = analyze(str(tmp_path / "model"), validation, str(tmp_path / "analysis"))
+    assert facts["detections"] == len(results)
+    for name in ("metrics.json", "detections.json"):
+        assert (tmp_path / "analysis" / name).read_text() == (tmp_path / "out" / name).read_text()
+
+
+def test_masks_to_correct(data, tmp_path, monkeypatch):
+    """`rank` draws the teacher's masks, so that `train` takes the labels when they come back."""
+    labeled, validation = paths(data)
+    train(
+        labeled, None, validation, str(tmp_path / "model"), load_settings("demo", [*MASK_TINY, "training.iterations=1"])
+    )
+    monkeypatch.setattr("softteacher.evaluation.rank.PRE_LABEL_SCORE", 0.05)  # one that has learned little
+    rank(str(tmp_path / "model"), labeled, str(tmp_path / "out"), labeled=labeled)
+    to_label = load_coco(tmp_path / "out" / "to_label.json")
+    assert len(to_label.annotations) > 0
+    require_masks(to_label)
+    tree = json.loads((tmp_path / "out" / "to_label.json").read_text())
+    assert all(a["area"] == coco_mask.area(a["segmentation"]) for a in tree["annotations"])
 
 
 @pytest.mark.parametrize("bad", ["train", "val"])

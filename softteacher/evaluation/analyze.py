@@ -1,0 +1,267 @@
+"""The paper's Figure 3 for a data set of one's own: which teacher boxes are right, and what tells that they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.ops import box_area, box_iou
+
+from softteacher import storage
+from softteacher.config import MethodSettings
+from softteacher.data.coco import CocoDataset
+from softteacher.evaluation.evaluate import load_detector, load_labelled, say_score, write_evaluation
+from softteacher.evaluation.inference import Scored, detect_dataset, score_found
+from softteacher.evaluation.observe import Observed, Observer
+from softteacher.evaluation.plots import iou_scatter, threshold_curve
+from softteacher.model_folder import WEIGHTS, ModelFolder, Weights
+
+ENOUGH = 30  # boxes above the pool's threshold, for the IoU figures; of fewer nothing can be seen
+BINS = 8
+NEARLY = 0.9  # of the best F1 is as good as the best
+
+
+def analyze(
+    model: str, data: str, out: str, *, weights: Weights = "teacher", images: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a model, and look at its boxes as the paper's Figure 3 does.
+
+    Args:
+        model: model folder, local or `s3://`.
+        data: manifest or COCO json with boxes.
+        out: folder for all that `evaluate` writes, `precision_recall.png`, `iou_over_score.png`,
+            `iou_over_variance.png`, and `analysis.json` with the numbers in them; the report has them too.
+        weights: whose boxes are looked at.
+        images: folder or prefix of the images; none: where the data set says.
+
+    Returns:
+        What `analysis.json` says, see `summarize`.
+
+    Raises:
+        UserError: bad input; nothing is written then.
+    """
+    with storage.local_input(model) as path:
+        source = ModelFolder(path, model)
+        dataset = load_labelled(source, data, images)
+        scored: dict[Weights, Scored] = {}
+        observed: dict[int, Observed] = {}
+        for name in WEIGHTS:
+            detector, device = load_detector(source, name)
+            module = Observer(detector, source.settings, source.classes) if name == weights else detector
+            found = detect_dataset(module, dataset, source.settings, device, "analyze")
+            scored[name] = score_found(dataset, found, source.settings)
+            say_score(name, scored[name][0])
+            if name == weights:
+                observed = {image_id: d for image_id, d in found.items() if isinstance(d, Observed)}
+        readable = scored[weights][2]
+        boxes = match(readable, observed)
+        facts: dict[str, Any] = {"weights": weights, "source": data, "images": len(readable)}
+        facts |= summarize(boxes, readable.class_counts(), source.settings.method)
+        at, seen = facts["localisation"], boxes["score"] > facts["localisation"]["above"]
+        x = {name: boxes[name][seen] for name in ("score", "variance")}
+        iou = boxes["iou"][seen]
+        best = facts["best_f1"]["threshold"]
+        pictures = {
+            "precision_recall": threshold_curve(facts["curve"], source.settings.method.cls_threshold, best),
+            "iou_over_score": iou_scatter(x["score"], iou, at["score"]["bins"], "score", at["score"]["correlation"]),
+            "iou_over_variance": iou_scatter(
+                x["variance"], iou, at["variance"]["bins"], "box variance", at["variance"]["correlation"]
+            ),
+        }
+        texts = _texts(facts, source.settings.method)
+        sections = [(title, text, pictures[name]) for name, (title, text) in texts.items()]
+        with storage.output_folder(out) as folder:
+            for file, png in pictures.items():
+                (folder / f"{file}.png").write_bytes(png)
+            (folder / "analysis.json").write_text(json.dumps(facts, indent=1))
+            write_evaluation(folder, source, scored, weights, sections)
+    return facts
+
+
+def match(dataset: CocoDataset, found: dict[int, Observed]) -> dict[str, np.ndarray]:
+    """Which detections are right: greedy by score, at an IoU of at least .5 with a box of the class not yet taken.
+
+    A detection that matches nothing and lies in a crowd region of its class (more than half of it) is left out.
+
+    Args:
+        dataset: ground truth.
+        found: detections by image id, in pixels of the original images.
+
+    Returns:
+        For each of N detections `score`, `variance`, `label`, `correct` (bool), and `iou`, the best with any box of
+        its class.
+    """
+    crowds: dict[int, list[int]] = {}
+    for row in np.flatnonzero(dataset.annotations.crowd).tolist():
+        crowds.setdefault(int(dataset.annotations.image_index[row]), []).append(row)
+    parts = []
+    for index, image in enumerate(dataset.images):
+        d = found[image.id]
+        boxes, labels = dataset.targets(index)
+        iou = _iou(d.boxes, boxes) * (d.labels[:, None] == labels)
+        free, correct = np.ones(len(boxes), bool), np.zeros(len(d), bool)
+        for n in np.argsort(-d.scores, kind="stable"):
+            candidates = iou[n] * free
+            if candidates.max(initial=0) >= 0.5:
+                correct[n], free[candidates.argmax()] = True, False
+        crowd = dataset.annotations.bbox[crowds.get(index, [])]
+        of_class = d.labels[:, None] == dataset.annotations.labels[crowds.get(index, [])]
+        inside = _iou(d.boxes, np.concatenate([crowd[:, :2], crowd[:, :2] + crowd[:, 2:]], 1), of_detection=True)
+        keep = correct | ~((inside > 0.5) & of_class).any(1)
+        columns = (d.scores, d.variance, d.labels, correct, iou.max(1, initial=0))
+        parts.append([column[keep] for column in columns])
+    names = ("score", "variance", "label", "correct", "iou")
+    return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+
+def _iou(a: np.ndarray, b: np.ndarray, of_detection: bool = False) -> np.ndarray:
+    """IoU [N, M] of boxes [N, 4] and [M, 4], or the share of each a that lies in each b."""
+    x, y = (torch.from_numpy(np.asarray(v, np.float64)).reshape(-1, 4) for v in (a, b))
+    if not of_detection:
+        return box_iou(x, y).numpy()
+    corners = torch.minimum(x[:, None, 2:], y[:, 2:]) - torch.maximum(x[:, None, :2], y[:, :2])
+    return (corners.clamp(min=0).prod(2) / box_area(x)[:, None].clamp(min=1e-9)).numpy()
+
+
+def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: MethodSettings) -> dict[str, Any]:
+    """The numbers of the figures.
+
+    Args:
+        boxes: of `match`.
+        objects: ground truth boxes by class name, in label order.
+        method: thresholds.
+
+    Returns:
+        `objects`, `detections`, `curve` (over the score threshold), `best_f1`, `at` (precision and recall at the
+        settings' thresholds), `per_class` (the same for each class), `localisation` (the boxes of the IoU figures:
+        `above` which score, `boxes`, and of `score` and `variance` the rank `correlation` with IoU and the `bins`),
+        `advice`. A number that doesn't exist is none.
+    """
+    total = sum(objects.values())
+    lowest = max(0.0, np.floor(100 * boxes["score"].min(initial=1.0)) / 100 - 0.01)  # all are above it
+    grid = np.round(np.arange(lowest, 1.0001, 0.01), 2)
+    rows = [_at(boxes["score"], boxes["correct"], total, t) for t in grid.tolist()]
+    best = max(rows, key=lambda row: row["f1"] or 0.0)
+    thresholds = {name: getattr(method, name) for name in ("pool_threshold", "rpn_threshold", "cls_threshold")}
+    per_class = {}
+    for label, (name, count) in enumerate(objects.items()):
+        own = boxes["label"] == label
+        score, correct = boxes["score"][own], boxes["correct"][own]
+        per_class[name] = {"objects": count} | {
+            key: _at(score, correct, count, threshold) for key, threshold in thresholds.items()
+        }
+    above = method.pool_threshold if (boxes["score"] > method.pool_threshold).sum() >= ENOUGH else 0.0
+    seen = boxes["score"] > above
+    iou, certain = boxes["iou"][seen], boxes["variance"][seen] < method.reg_variance_threshold
+    facts: dict[str, Any] = {
+        "objects": total,
+        "detections": len(boxes["score"]),
+        "curve": {key: [row[key] for row in rows] for key in ("threshold", "precision", "recall", "f1")},
+        "best_f1": best if best["f1"] else dict.fromkeys(best),
+        "at": {key: _at(boxes["score"], boxes["correct"], total, t) for key, t in thresholds.items()},
+        "localisation": {
+            "above": above,
+            "boxes": int(seen.sum()),
+            **{
+                name: {"correlation": rank_correlation(boxes[name][seen], iou), "bins": _bins(boxes[name][seen], iou)}
+                for name in ("score", "variance")
+            },
+            "mean_iou": float(iou.mean()) if len(iou) else None,
+            "reg_variance_threshold": method.reg_variance_threshold,
+            "share_under_threshold": float(certain.mean()) if len(iou) else None,
+            "mean_iou_under_threshold": float(iou[certain].mean()) if certain.any() else None,
+        },
+        "per_class": per_class,
+    }
+    return facts | {"advice": _advice(facts)}
+
+
+def _at(score: np.ndarray, correct: np.ndarray, objects: int, threshold: float) -> dict[str, float | None]:
+    """Precision, recall and F1 of the detections with a score above a threshold."""
+    kept = score > threshold
+    right, count = int(correct[kept].sum()), int(kept.sum())
+    return {
+        "threshold": threshold,
+        "precision": right / count if count else None,
+        "recall": right / objects if objects else None,
+        "f1": 2 * right / (count + objects) if count and objects else None,
+    }
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's, between -1 and 1; none where x or y doesn't vary."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[which]
+
+    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
+        return None
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def _bins(x: np.ndarray, iou: np.ndarray) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the IoU in up to `BINS` equal shares of the boxes, by x."""
+    shares = np.array_split(np.argsort(x, kind="stable"), min(BINS, len(x)) or 1)
+    return [
+        {
+            "middle": float(np.median(x[s])),
+            "boxes": len(s),
+            "mean": float(iou[s].mean()),
+            "spread": float(iou[s].std()),
+        }
+        for s in shares
+        if len(s)
+    ]
+
+
+def _advice(facts: dict[str, Any]) -> str:
+    """One sentence on the threshold, from the numbers."""
+    best, at = facts["best_f1"], facts["at"]["cls_threshold"]
+    if best["f1"] is None:
+        return "Not one box is right: train longer, or look whether the labels fit the images."
+    threshold, recall = at["threshold"], at["recall"]
+    here = f"At cls_threshold {threshold:g} the recall is {recall:.2f}"
+    there = f"the best F1 ({best['f1']:.2f}) is at {best['threshold']:.2f}"
+    if (at["f1"] or 0.0) >= NEARLY * best["f1"]:
+        return f"cls_threshold {threshold:g} fits: precision {at['precision']:.2f}, recall {recall:.2f}; {there}."
+    if best["threshold"] < threshold:
+        taught = "most objects are" if recall < 0.5 else f"{1 - recall:.0%} of the objects are"
+        return f"{here}: {taught} taught as background; {there}. Try a lower method.cls_threshold."
+    wrong = f"{1 - at['precision']:.0%} of the boxes above it are wrong"
+    return f"{here}, but {wrong}; {there}. Try a higher method.cls_threshold."
+
+
+def _texts(facts: dict[str, Any], method: MethodSettings) -> dict[str, tuple[str, str]]:
+    """Title and text of each figure."""
+    here = facts["localisation"]
+    by = {name: here[name]["correlation"] for name in ("score", "variance")}
+    if None in by.values():
+        verdict = "There are too few boxes to say which of the two tells localisation better."
+    else:
+        strong, weak = ("variance", "score") if -by["variance"] > by["score"] else ("score", "variance")
+        names = {"score": "the score", "variance": "box variance"}
+        verdict = (
+            f"Here {names[strong]} tells localisation better than {names[weak]} "
+            f"(rank correlation {by[strong]:+.2f} against {by[weak]:+.2f})."
+        )
+    which = (
+        f"{here['boxes']} boxes with a score above {here['above']:g}" if here["above"] else f"All {here['boxes']} boxes"
+    )
+    share = ""
+    if here["mean_iou_under_threshold"] is not None:
+        share = (
+            f" {here['share_under_threshold']:.0%} of them are under reg_variance_threshold "
+            f"{method.reg_variance_threshold:g}: their mean IoU is {here['mean_iou_under_threshold']:.2f}, "
+            f"that of all is {here['mean_iou']:.2f}."
+        )
+    return {
+        "precision_recall": ("Which boxes to believe: the score threshold", facts["advice"]),
+        "iou_over_score": ("Does the score tell how well a box fits?", f"{which}, each against its best ground truth."),
+        "iou_over_variance": (
+            "Does the box variance tell it?",
+            f"The same boxes, by how far jittered copies spread after refinement. {verdict}{share}",
+        ),
+    }

@@ -1,0 +1,100 @@
+"""The figures of reports, as PNG. Their letters are large: a telephone shows them 350 pixels wide."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLORS = {"precision": "#2a6fdb", "recall": "#c2570c", "F1": "#13805a"}
+MOST_POINTS = 4000  # of a scatter
+
+
+def recall_curve(curve: dict[str, list[float]]) -> bytes:
+    """Precision over recall.
+
+    Args:
+        curve: precisions at recalls evenly from 0 to 1, by IoU.
+    """
+    figure, axes = _figure()
+    for (iou, precision), color in zip(curve.items(), COLORS.values(), strict=False):
+        axes.plot(np.linspace(0, 1, len(precision)), precision, label=f"IoU {iou}", linewidth=2.5, color=color)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend()
+    return _png(figure)
+
+
+def threshold_curve(curve: dict[str, list[Any]], marked: float, best: float | None) -> bytes:
+    """Precision, recall and F1 over the score threshold.
+
+    Args:
+        curve: `threshold`, `precision`, `recall`, `f1`; none where there is none.
+        marked: `cls_threshold`.
+        best: threshold of the best F1.
+    """
+    figure, axes = _figure()
+    for name, color in COLORS.items():
+        values = np.array(curve[name.lower()], float)
+        axes.plot(curve["threshold"], values, label=name, linewidth=2.5, color=color)
+    axes.axvline(marked, color="#444", linestyle="--", label=f"cls_threshold {marked:g}")
+    if best is not None:
+        axes.axvline(best, color=COLORS["F1"], linestyle=":", linewidth=2.5, label=f"best F1 at {best:.2f}")
+    axes.set(xlabel="score threshold", xlim=(curve["threshold"][0], 1), ylim=(0, 1.02))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=10.5, frameon=False)
+    return _png(figure)
+
+
+def iou_scatter(
+    x: np.ndarray, iou: np.ndarray, bins: list[dict[str, Any]], name: str, correlation: float | None
+) -> bytes:
+    """IoU with the ground truth against what should foretell it, and the mean of equal shares of the boxes.
+
+    Args:
+        x: [N] score or box variance.
+        iou: [N].
+        bins: `middle`, `mean`, `spread` of each share.
+        name: of x; a variance is drawn on a logarithmic axis.
+        correlation: rank correlation.
+    """
+    figure, axes = _figure()
+    step = -(-len(x) // MOST_POINTS) or 1
+    axes.scatter(x[::step], iou[::step], s=18, alpha=0.4, linewidths=0, color=COLORS["precision"])
+    axes.errorbar(
+        [b["middle"] for b in bins],
+        [b["mean"] for b in bins],
+        [b["spread"] for b in bins],
+        color=COLORS["recall"],
+        marker="o",
+        linewidth=2.5,
+        capsize=4,
+        label="mean ± spread",
+    )
+    if name != "score" and (x > 0).any():
+        axes.set_xscale("log")
+    value = "none" if correlation is None else f"{correlation:+.2f}"
+    axes.set(xlabel=name, ylabel="IoU with ground truth", ylim=(-0.02, 1.02))
+    axes.set_title(f"rank correlation {value}", fontsize=13)
+    if bins:
+        axes.legend(loc="lower left" if name != "score" else "lower right")
+    return _png(figure)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=12)
+    axes.xaxis.label.set_fontsize(13)
+    axes.yaxis.label.set_fontsize(13)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

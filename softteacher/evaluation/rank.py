@@ -1,0 +1,230 @@
+"""Which unlabelled images to label next: where the teacher is in doubt, and classes are short of labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as coco_mask
+
+from softteacher import storage
+from softteacher.console import say
+from softteacher.data.check import read_image
+from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.split import load_unlabeled
+from softteacher.detections import Detections
+from softteacher.errors import UserError
+from softteacher.evaluation.draw import contact_sheet, tile
+from softteacher.evaluation.evaluate import load_detector
+from softteacher.evaluation.inference import detect_dataset
+from softteacher.evaluation.metrics import run_lengths
+from softteacher.evaluation.observe import Observed, Observer
+from softteacher.model_folder import ModelFolder
+
+LOWEST_SCORE = 0.05  # boxes below are junk
+PRE_LABEL_SCORE = 0.3  # boxes above are worth correcting
+UNSURE = (0.2, 0.8)  # scores that could be either
+MOST_ENTROPY = 5.0  # bits; hundreds of half-seen boxes are no better than five
+SAME = 0.98  # cosine similarity of near-duplicates
+ON_SHEET = 100  # images; a JPEG has at most 65,535 rows
+TERMS = ("variance", "entropy", "shortage")
+
+
+def rank(model: str, unlabeled: str, out: str, *, top: int = 100, labeled: str | None = None) -> list[dict[str, Any]]:
+    """Rank unlabelled images by what their labels would teach.
+
+    Three terms, each turned into the image's rank among all (0 to 1); the score is their mean:
+
+    - `variance`: box regression variance, mean over the boxes weighted by their score;
+    - `entropy`: binary entropy of the scores between .2 and .8, in bits, summed up to 5;
+    - `shortage`: over the classes seen, the best score times 1 / sqrt(labelled boxes + 1).
+
+    An image that looks like one already taken (see `choose`) comes after all others.
+
+    Args:
+        model: model folder, local or `s3://`; its teacher looks.
+        unlabeled: manifest, COCO json, folder or `s3://` prefix of images.
+        out: folder for `ranking.csv`, `ranking.json`, `to_label.json` (COCO json of the images, with the teacher's
+            boxes and masks to correct) and `contact_sheet.jpg`.
+        top: number of images.
+        labeled: the labelled part, for the labels of each class; none: what the model was trained on if it is still
+            there, else its validation set.
+
+    Returns:
+        The first `top`: `rank`, `file_name`, `uri`, `score`, the terms, `variance_max`, `classes`, `reason`.
+
+    Raises:
+        UserError: bad input; nothing is written then.
+    """
+    if top < 1:
+        raise UserError(f"--top {top}: must be 1 or more")
+    with storage.local_input(model) as path:
+        source = ModelFolder(path, model)
+        dataset = load_unlabeled(unlabeled)
+        if not len(dataset):
+            raise UserError(f"{unlabeled}: no images in it; give the images that might be labelled")
+        counts, origin = _label_counts(source, labeled)
+        detector, device = load_detector(source, "teacher")
+        observer = Observer(detector, source.settings, source.classes)
+        found = detect_dataset(observer, dataset, source.settings, device, "rank")
+    dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
+    seen = [d for image in dataset.images if isinstance(d := found[image.id], Observed)]
+    measured = [measure(d, 1 / np.sqrt(counts + 1)) for d in seen]
+    terms = np.stack([_share_below(np.array([m[name] for m in measured])) for name in TERMS], 1)
+    scores = terms.mean(1)
+    names = [image.file_name for image in dataset.images]
+    order = sorted(range(len(names)), key=lambda n: (-round(scores[n], 9), names[n], dataset.images[n].id))
+    chosen, skipped = choose(order, np.stack([d.feature for d in seen]), top)
+    rows = []
+    for place, n in enumerate(chosen, start=1):
+        sure = seen[n].scores > PRE_LABEL_SCORE
+        rows.append({
+            "rank": place,
+            "file_name": names[n],
+            "uri": dataset.uri(n),
+            "score": round(float(scores[n]), 4),
+            **{name: round(float(value), 4) for name, value in zip(TERMS, terms[n], strict=True)},
+            "variance_mean": round(measured[n]["variance"], 5),
+            "variance_max": round(measured[n]["variance_max"], 5),
+            "classes": sorted({source.classes[label] for label in seen[n].labels[sure].tolist()}),
+            "reason": _reason(terms[n], seen[n], source.classes, counts),
+        })  # fmt: skip
+    with storage.output_folder(out) as folder:
+        _write_list(folder, rows)
+        tree, tiles = _empty_coco(dataset, source), []
+        for row, n in zip(rows, chosen, strict=True):
+            picture, boxes = read_image(dataset, n)[0], seen[n][seen[n].scores > PRE_LABEL_SCORE]
+            _add_image(tree, dataset, n, picture.size, boxes)
+            caption = f"{row['rank']}. {row['file_name']}: {row['reason']}"
+            tiles.append(tile(picture, boxes, source.classes, caption))
+        (folder / "to_label.json").write_text(json.dumps(tree))
+        contact_sheet(tiles[:ON_SHEET]).save(folder / "contact_sheet.jpg", quality=88)
+    say(
+        f"rank: {len(rows)} of {len(dataset)} images -> {out}; labels counted in {origin}; "
+        f"{skipped} near-duplicates put behind the others"
+    )
+    return rows
+
+
+def measure(d: Observed, rarity: np.ndarray) -> dict[str, float]:
+    """The terms of one image, and the largest variance. An image without boxes has 0 in all.
+
+    Args:
+        d: the teacher's detections.
+        rarity: [C] what a class is worth, 1 for one without labels.
+    """
+    kept = d.scores > LOWEST_SCORE
+    scores, variance, labels = d.scores[kept].astype(np.float64), d.variance[kept], d.labels[kept]
+    p = scores[(scores >= UNSURE[0]) & (scores <= UNSURE[1])]
+    best = np.zeros(len(rarity))
+    np.maximum.at(best, labels, scores)
+    return {
+        "variance": float((variance * scores).sum() / scores.sum()) if len(scores) else 0.0,
+        "variance_max": float(variance.max(initial=0)),
+        "entropy": min(MOST_ENTROPY, float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)).sum())),
+        "shortage": float((best * rarity).sum()),
+    }
+
+
+def choose(order: list[int], features: np.ndarray, top: int) -> tuple[list[int], int]:
+    """The first `top` of an order, near-duplicates of one already taken behind all others.
+
+    Args:
+        order: indices, best first.
+        features: [N, C]; two are near-duplicates at a cosine similarity above .98, the mean of all taken off (without
+            that all images of one camera would look the same).
+        top: how many.
+
+    Returns:
+        The indices, and how many near-duplicates were met on the way.
+    """
+    centred = features - features.mean(0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-9)
+    taken: list[int] = []
+    later: list[int] = []
+    for n in order:
+        if len(taken) == top:
+            break
+        (later if taken and (centred[taken] @ centred[n]).max() > SAME else taken).append(n)
+    return (taken + later)[:top], len(later)
+
+
+def _share_below(values: np.ndarray) -> np.ndarray:
+    """For each of N values the share of the others that is smaller: its rank, 0 to 1, equal values alike."""
+    values = values.round(9)  # what differs by rounding only is equal
+    return np.searchsorted(np.sort(values), values) / max(1, len(values) - 1)
+
+
+def _label_counts(source: ModelFolder, labeled: str | None) -> tuple[np.ndarray, str]:
+    """Labelled boxes of each class [C], and where they were counted."""
+    if labeled is not None:
+        dataset = load_coco(labeled)
+        if dataset.categories != source.categories:
+            raise UserError(f"{labeled}: its classes are not those that {source.name} was trained on; give its labels")
+        return np.array(list(dataset.class_counts().values())), labeled
+    trained_on = source.provenance.get("data", {}).get("labeled", {})
+    try:
+        dataset = load_coco(trained_on["source"])
+        if dataset.fingerprint() == trained_on["fingerprint"]:
+            return np.array(list(dataset.class_counts().values())), f"{dataset.source}, which the model was trained on"
+    except (UserError, KeyError, TypeError, AttributeError):
+        pass  # the model has travelled
+    return np.array(list(source.validation().class_counts().values())), "the model's validation set (see --labeled)"
+
+
+def _reason(terms: np.ndarray, d: Observed, classes: list[str], counts: np.ndarray) -> str:
+    """The strongest term in words, and any other that is nearly as strong."""
+    unsure = int(((d.scores >= UNSURE[0]) & (d.scores <= UNSURE[1])).sum())
+    seen = d.labels[d.scores > LOWEST_SCORE]
+    if not len(seen):
+        return "nothing found"
+    rare = min(seen.tolist(), key=lambda label: (counts[label], label))
+    words = {
+        "variance": "box edges unsure",
+        "entropy": f"{unsure} box{'es' * (unsure != 1)} between yes and no",
+        "shortage": f"rare class {classes[rare]} ({counts[rare]} labels)",
+    }
+    strong = [n for n in np.argsort(-terms, kind="stable") if terms[n] >= 0.9 * terms.max()]
+    return ", ".join(words[TERMS[n]] for n in strong)
+
+
+def _write_list(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "ranking.json").write_text(json.dumps(rows, indent=1))
+    # a file name need not be valid Unicode
+    with (folder / "ranking.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row | {"classes": ";".join(row["classes"])} for row in rows)
+
+
+def _empty_coco(dataset: CocoDataset, source: ModelFolder) -> dict[str, Any]:
+    categories = [{"id": i, "name": name} for i, name in source.categories]
+    return {"softteacher": {"root": dataset.root}, "images": [], "annotations": [], "categories": categories}
+
+
+def _add_image(
+    tree: dict[str, Any], dataset: CocoDataset, index: int, size: tuple[int, int], boxes: Detections
+) -> None:
+    """Put an image, its boxes and masks into a COCO json; `score` is an extra key of each box."""
+    record = dataset.images[index]
+    root = {"root": record.root} if record.root else {}
+    width, height = size
+    tree["images"].append({"id": record.id, "file_name": record.file_name, "width": width, "height": height} | root)
+    masks = run_lengths(boxes, height, width)
+    for (x1, y1, x2, y2), score, label, mask in zip(
+        boxes.boxes.tolist(), boxes.scores.tolist(), boxes.labels.tolist(), masks, strict=True
+    ):
+        x, y, w, h = (round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1))
+        tree["annotations"].append({
+            "id": len(tree["annotations"]) + 1,
+            "image_id": record.id,
+            "category_id": tree["categories"][label]["id"],
+            "bbox": [x, y, w, h],
+            "area": float(coco_mask.area(mask["segmentation"])) if mask else round(w * h, 2),
+            "iscrowd": 0,
+            "score": round(score, 4),
+            **mask,
+        })  # fmt: skip

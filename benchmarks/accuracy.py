@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table")
     a = parser.parse_args()
     results = a.work / "quick" if a.quick else RESULTS
-    folds = list(range(1, a.folds[0] + 1)) if len(a.folds) == 1 else a.folds
+    folds = list(range(1, a.folds[0] + 1)) if len(a.folds) == 1 else sorted(set(a.folds))
     if not a.table:
         if not a.data:
             parser.error("--data is needed to train")

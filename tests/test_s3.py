@@ -41,7 +41,10 @@ def test_reading_survives(proxy: FaultyProxy, s3: str, tmp_path: Path, fault: st
 
 
 @pytest.mark.parametrize("fault", WRITE_FAULTS)
-def test_writing_survives(proxy: FaultyProxy, s3: str, tmp_path: Path, fault: str) -> None:
+def test_writing_survives(
+    proxy: FaultyProxy, s3: str, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 30)  # two faults are enough to survive, whatever the machine is busy with
     (tmp_path / "big").write_bytes(DATA * 40)
     proxy.faults = [fault] * 2
     storage.write_bytes(f"{s3}/a", DATA)

@@ -11,7 +11,7 @@ from softteacher.detections import Detections
 from softteacher.detectors.boxes import clip
 from softteacher.detectors.fcos import FCOS, STRIDES, Dense, box_losses, dense_targets, focal_loss, inside
 from softteacher.methods.base import Unlabeled
-from softteacher.methods.mixing import mix_boxes, mix_views, other_half
+from softteacher.methods.mixing import other_half
 from softteacher.methods.soft_teacher import SoftTeacher, regression_variance
 
 
@@ -49,16 +49,10 @@ class OneStageSoftTeacher(SoftTeacher):
         self, found: list[Detections], part: Unlabeled
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `TeacherMethod`: classification, box and centerness, the first with pseudo boxes of its own."""
-        s, classes, strong = self.settings, self.student.classes, part.strong
-        pool = self.pseudo_boxes(found, part)
-        mixed = s.mixup > 0 and torch.rand(1, generator=part.noise[0], device=part.noise[0].device).item() < s.mixup
-        if mixed:
-            pool, strong = mix_boxes(pool), mix_views(strong)
-        for_cls = [self.confident(p.detections, s.cls_threshold) for p in pool]
-        for_reg = [
-            c if p.variance is None else p.detections[p.variance < s.reg_variance_threshold]
-            for p, c in zip(pool, for_cls, strict=True)
-        ]
+        classes = self.student.classes
+        pool, strong, mixed = self.mixed(self.pseudo_boxes(found, part), part)
+        for_cls = [self.confident(p.detections, self.settings.cls_threshold) for p in pool]
+        for_reg = self.for_regression(pool, for_cls)
         dense = self.student.predict(self.student.features(strong.images))
         cls_targets, reg_targets = (
             dense_targets(

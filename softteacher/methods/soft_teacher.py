@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from softteacher.data.loader import Views
 from softteacher.data.views import project_boxes
 from softteacher.detections import Detections
 from softteacher.detectors.boxes import HEAD_STD, clip, decode
@@ -53,18 +54,12 @@ class SoftTeacher(TeacherMethod):
         self, found: list[Detections], part: Unlabeled
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `TeacherMethod`: each loss has pseudo boxes of its own."""
-        s, d, strong = self.settings, self.student.settings, part.strong
-        pool = self.pseudo_boxes(found, part)
-        mixed = s.mixup > 0 and torch.rand(1, generator=part.noise[0], device=part.noise[0].device).item() < s.mixup
-        if mixed:
-            pool, strong = mix_boxes(pool), mix_views(strong)
+        s, d = self.settings, self.student.settings
+        pool, strong, mixed = self.mixed(self.pseudo_boxes(found, part), part)
         for_rpn, for_cls = (
             [self.confident(p.detections, threshold) for p in pool] for threshold in (s.rpn_threshold, s.cls_threshold)
         )
-        for_reg = [
-            c if p.variance is None else p.detections[p.variance < s.reg_variance_threshold]
-            for p, c in zip(pool, for_cls, strict=True)
-        ]
+        for_reg = self.for_regression(pool, for_cls)
 
         features = self.student.features(strong.images)
         with torch.no_grad():
@@ -109,6 +104,20 @@ class SoftTeacher(TeacherMethod):
         negative = cls_rois.labels == self.student.classes
         facts["reliability"] = float(weights[negative].mean()) if negative.any() else 1.0
         return losses, facts
+
+    def mixed(self, pool: list[PseudoBoxes], part: Unlabeled) -> tuple[list[PseudoBoxes], Views, bool]:
+        """Pseudo boxes and strong views, laid over each other in some steps (`method.mixup`), and whether they are."""
+        s, noise = self.settings, part.noise[0]
+        if s.mixup > 0 and torch.rand(1, generator=noise, device=noise.device).item() < s.mixup:
+            return mix_boxes(pool), mix_views(part.strong), True
+        return pool, part.strong, False
+
+    def for_regression(self, pool: list[PseudoBoxes], for_cls: list[Detections]) -> list[Detections]:
+        """Boxes of a small variance (section 3.3), or those of the classification where jittering is switched off."""
+        return [
+            c if p.variance is None else p.detections[p.variance < self.settings.reg_variance_threshold]
+            for p, c in zip(pool, for_cls, strict=True)
+        ]
 
     def further_losses(
         self,

@@ -24,7 +24,7 @@ from typing import Any
 
 from common import RESULTS, machine
 
-from softteacher.config import load_settings
+from softteacher.config import Settings, load_settings
 from softteacher.data.split import split
 
 # method of the library, and the preset that changes it
@@ -96,8 +96,6 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     """Train a method on a fold and write its JSON, unless that is there."""
     title = f"{a.name}-{a.percent:g}-{name}-{fold}"
     file = results / "accuracy" / f"{title}.json"
-    if file.exists():
-        return
     method, change = METHODS[name]
     data, out = a.work / f"{a.name}-{a.percent:g}-{fold}", a.work / title
     preset = f"{a.preset}+{change}" if change else a.preset
@@ -109,7 +107,11 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     teacher = a.work / f"{a.name}-{a.percent:g}-supervised-{fold}"
     if method == "stac" and (teacher / "provenance.json").exists():
         overrides.append(f"method.label_model={teacher}")
-    settings = load_settings(preset, overrides)  # a typing error is told before hours of work
+    settings = what_decides(load_settings(preset, overrides))  # a typing error is told before hours of work
+    if file.exists():
+        if json.loads(file.read_text())["settings"] != settings:
+            raise RuntimeError(f"{file}: is of other settings; delete it to run {title} again")
+        return
     labeled = data / ("full.json" if name == "supervised_full" else "labeled.json")
     command = [sys.executable, "-m", "softteacher", "train", "--labeled", labeled, "--out", out, "--preset", preset]
     command += ["--unlabeled", data / "unlabeled.json", "--validation", data / "validation.json"]
@@ -138,12 +140,25 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
             if "pseudo_boxes_cls" in row
         ][::5],
         "training": provenance["training"],
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings,
+        "git_sha": provenance["git_sha"],
         **machine(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=None) + "\n")
     print(f"{title}: AP {figures['ap']:.3f}, student {figures['student_ap']:.3f}", flush=True)
+
+
+def what_decides(settings: Settings) -> dict[str, Any]:
+    """The settings that a result depends on: not those of the machine; of files the names."""
+    tree = settings.model_dump(mode="json")
+    if settings.method.name == "supervised":
+        tree["method"] = {key: tree["method"][key] for key in ("name", "label_model", "ema_momentum", "ema_ramp")}
+    for group, key in (("data", "workers"), ("data", "cache_dir"), ("training", "threads"), ("training", "device")):
+        del tree[group][key]
+    for group, key in (("detector", "backbone_weights"), ("detector", "init_from"), ("method", "label_model")):
+        tree[group][key] = tree[group][key] and Path(tree[group][key]).name
+    return tree
 
 
 def quiet(jobs: int) -> dict[str, str]:

@@ -252,6 +252,11 @@ class Settings(_Group):
     training: TrainingSettings = TrainingSettings()
     export: ExportSettings = ExportSettings()
 
+    @property
+    def burn_in_steps(self) -> int:
+        """The first step with unlabelled images."""
+        return round(self.method.burn_in * self.training.iterations)
+
     def to_yaml(self, comments: bool = False) -> str:
         """The whole tree as YAML, with a comment for each key if asked for."""
         lines: list[str] = []

@@ -141,8 +141,7 @@ def _train(
         if state:
             trainer.load_state(state)
             say(f"train: goes on at step {trainer.progress.step} of {s.iterations}, from {place}")
-        burn_in = round(settings.method.burn_in * s.iterations)
-        parts = batches(train_set, extra, settings, start=trainer.progress.step, burn_in=burn_in)
+        parts = batches(train_set, extra, settings, start=trainer.progress.step, burn_in=settings.burn_in_steps)
         # the student is scored at the end only, which halves what validations cost
         teacher_only = (lambda: validate("teacher")) if s.evaluate_every else None
         run_training(trainer, parts, sets, folder, checkpoints if main else None, teacher_only)

@@ -30,7 +30,7 @@ def guard(trainer: Trainer, ap: float) -> None:
         ap: the teacher's.
     """
     p, s = trainer.progress, trainer.settings
-    if p.step <= round(s.method.burn_in * s.training.iterations):
+    if p.step <= s.burn_in_steps:
         p.supervised = max(ap, p.supervised or 0.0)
         return
     method = trainer.method
@@ -65,7 +65,7 @@ def warn(trainer: Trainer, line: dict[str, float]) -> None:
 
 def _findings(trainer: Trainer, line: dict[str, float]) -> Iterator[tuple[str, str]]:
     p, s, method = trainer.progress, trainer.settings, trainer.method
-    taught = p.step - round(s.method.burn_in * s.training.iterations)
+    taught = p.step - s.burn_in_steps
     if taught < PATIENCE or "pseudo_boxes_cls" not in line:
         return
     there, used = float(method.frequency.sum()), line["pseudo_boxes_cls"]

@@ -36,7 +36,7 @@ from softteacher.data.loader import Batch, Views
 from softteacher.detectors.base import MEAN, STD
 from softteacher.detectors.build import build
 from softteacher.detectors.faster_rcnn import FasterRCNN
-from softteacher.device import find_precision
+from softteacher.device import find_precision, keep_memory
 from softteacher.methods import build_method
 from softteacher.training.trainer import Trainer
 
@@ -104,6 +104,7 @@ def reference_steps(environment: Path, iterations: int, threads: int) -> list[fl
 def measure(precision: str, iterations: int, threads: int, profiled: bool) -> None:
     """Time our steps and those of the limit, one of each in turn; the last line printed is JSON."""
     torch.set_num_threads(threads)
+    keep_memory()
     torch.manual_seed(0)
     batch, device = make_batch(), torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from softteacher.choices import EngineName, MethodName
 from softteacher.errors import UserError
 
 KINDS = ("fasterrcnn", "maskrcnn", "fcos")
@@ -92,8 +93,8 @@ class DetectorSettings(_Group):
     )
     norm: Literal["auto", "frozen_batch", "group"] = Field(
         "auto",
-        description="of the backbone; auto: frozen_batch with backbone_weights or init_from, else group, which learns "
-        "from nothing; Swin has layer norm in any case, tiny group norm",
+        description="of the backbone; auto: that of the model folder init_from, or frozen_batch with backbone_weights, "
+        "else group, which learns from nothing; Swin has layer norm in any case, tiny group norm",
     )
     frozen_stages: int = Field(
         1,
@@ -134,9 +135,7 @@ class DetectorSettings(_Group):
 class MethodSettings(_Group):
     """Soft Teacher (paper, section 3), and what it is compared with."""
 
-    name: Literal["soft_teacher", "mean_teacher", "stac", "supervised"] = Field(
-        "soft_teacher", description="training method"
-    )
+    name: MethodName = Field("soft_teacher", description="training method")
     unsup_weight: float = Field(4.0, ge=0, description="alpha of L = L_sup + alpha * L_unsup")
     pool_threshold: Share = Field(0.5, description="teacher boxes above this score make the pool of pseudo boxes")
     rpn_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the RPN; 0: all of the pool")
@@ -150,12 +149,22 @@ class MethodSettings(_Group):
     reliability: Literal[
         "teacher_background", "student_background", "prediction_difference", "iou", "reverse_iou", "none"
     ] = Field("teacher_background", description="weight of negatives; none: 1, as in hard assignment")
+    positives: Literal["hard", "soft"] = Field(
+        "hard", description="soft: a positive learns the teacher's class distribution there, not the pseudo box's class"
+    )
+    rpn_ignore: bool = Field(
+        False,
+        description="anchors on boxes of the pool that don't teach the RPN are left out, not taught as background",
+    )
     loss_normalization: Literal["weights", "paper"] = Field(
         "weights", description="of the classification: by the sum of all weights, or as Eq. 4-5 write it"
     )
     box_jitter: bool = Field(True, description="false: the boxes of cls_threshold teach the regression")
     reg_variance_threshold: float = Field(
         0.02, ge=0, description="pseudo boxes under this variance teach the regression"
+    )
+    reg_confident: bool = Field(
+        False, description="only boxes that teach the classification teach the regression, if their variance is small"
     )
     jitter_times: int = Field(10, ge=2, le=100, description="jittered copies of a pseudo box")
     jitter_scale: float = Field(0.06, gt=0, description="size of the jitter, share of width and height")
@@ -172,6 +181,11 @@ class MethodSettings(_Group):
         None, description="stac: model folder, local or s3://, whose teacher labels; none: one is trained first"
     )
     burn_in: Share = Field(0.0, description="share of the iterations with labelled images only (paper: none)")
+    burn_in_cache: str | None = Field(
+        None,
+        description="folder or s3:// prefix where runs that differ in the method only share what burn-in made: the "
+        "first leaves it there, the others start from it",
+    )
     guard: bool = Field(
         True, description="when pseudo labels do harm: back to the best weights, and less of them; needs evaluate_every"
     )
@@ -189,6 +203,9 @@ class TrainingSettings(_Group):
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, samplers, views and jitter")
     labeled_per_batch: int = Field(1, ge=1, description="labelled images per step and process")
     unlabeled_per_batch: int = Field(4, ge=0, description="unlabelled images per step and process")
+    new_share: Share | None = Field(
+        None, description="share of the unlabelled images that the last round of `collect` brought; none: as they come"
+    )
     accumulate: int = Field(
         1, ge=1, le=1024, description="batches whose gradients make one step, for few or small GPUs"
     )
@@ -241,6 +258,10 @@ class ExportSettings(_Group):
         None, description="height and width of the input; none: what holds every validation image at its test size"
     )
     max_ap_loss: float = Field(0.005, ge=0, le=1, description="an export that loses more AP than this is refused")
+    engines: list[EngineName] = Field(
+        ["openvino-bf16"],
+        description="what else may serve the ONNX file: its AP and speed are measured; left out where it can't run",
+    )
 
 
 class Settings(_Group):

@@ -80,3 +80,12 @@ def _bilinear(low: float, high: float, size: int, cells: int) -> tuple[slice, np
     # at the rim, half a cell from the last centre, the last cell counts whole
     at = ((centres - low) / max(high - low, 1e-6) * cells - 0.5).clip(0, cells - 1)
     return inside, (1 - np.abs(at[:, None] - np.arange(cells, dtype=np.float32))).clip(min=0)
+
+
+def pairwise_iou(a: Detections, b: Detections) -> np.ndarray:
+    """IoU [len(a), len(b)] of the boxes of two numpy `Detections`."""
+    low = np.maximum(a.boxes[:, None, :2], b.boxes[None, :, :2])
+    high = np.minimum(a.boxes[:, None, 2:], b.boxes[None, :, 2:])
+    overlap = (high - low).clip(0).prod(2)
+    area_a, area_b = ((d.boxes[:, 2:] - d.boxes[:, :2]).prod(1) for d in (a, b))
+    return overlap / np.maximum(area_a[:, None] + area_b[None] - overlap, 1e-9)

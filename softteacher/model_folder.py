@@ -7,18 +7,19 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from softteacher import storage
+from softteacher.choices import Weights
 from softteacher.config import Settings, read_settings
 from softteacher.data.coco import CocoDataset, load_coco
-from softteacher.detectors.base import Detector
-from softteacher.detectors.build import build
 from softteacher.errors import UserError
 
-Weights = Literal["teacher", "student"]
+if TYPE_CHECKING:  # a folder is checked and copied where there is no PyTorch, too
+    import torch
+
+    from softteacher.detectors.base import Detector
+
 WEIGHTS: tuple[Weights, Weights] = ("teacher", "student")
 FILES = ("student.pt", "teacher.pt", "settings.yaml", "classes.json")
 
@@ -70,6 +71,10 @@ class ModelFolder:
         Raises:
             UserError: the weights don't fit the settings.
         """
+        import torch
+
+        from softteacher.detectors.build import build
+
         detector = build(self.settings.detector, len(self.categories), load_backbone=False)
         file = self.path / f"{weights}.pt"
         try:
@@ -84,6 +89,14 @@ class ModelFolder:
         """The validation set that the model was trained with."""
         return load_coco(str(self.path / "validation.json"))
 
+    def metrics(self) -> dict[str, Any]:
+        """The scores of teacher and student on that set.
+
+        Raises:
+            UserError: `metrics.json` is missing or broken.
+        """
+        return dict(self._json("metrics.json"))
+
     @staticmethod
     def write(
         path: Path,
@@ -95,6 +108,8 @@ class ModelFolder:
         provenance: dict[str, Any],
     ) -> None:
         """Write a model into a folder; `provenance.json` comes last."""
+        import torch
+
         path.mkdir(parents=True, exist_ok=True)
         for name, module in (("student", student), ("teacher", teacher)):
             # torch.save to a full disk raises errors of its own
@@ -125,3 +140,20 @@ def sha256(path: str | Path) -> str:
     """sha256 of a file, hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def origin(init_from: str) -> dict[str, str]:
+    """Which weights a detector starts from.
+
+    Args:
+        init_from: as in the settings: model folder or state dict (.pt, .pth), local or `s3://`.
+
+    Returns:
+        `source`, that is `init_from`, and `sha256` of the weights, in a model folder the teacher's.
+
+    Raises:
+        UserError: they are not there.
+    """
+    file = init_from if init_from.endswith((".pt", ".pth")) else storage.join(init_from, "teacher.pt")
+    with storage.local_input(file) as path:
+        return {"source": init_from, "sha256": sha256(path)}

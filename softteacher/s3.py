@@ -140,12 +140,12 @@ def delete(uri: str | Path) -> None:
     _patiently(uri, lambda client: client.delete_object(Bucket=bucket, Key=key))
 
 
-def objects(uri: str | Path, prefix: str, limit: int | None = None) -> Iterator[tuple[str, int]]:
-    """Key and size of the objects in `uri`'s bucket whose keys begin with `prefix`, sorted; of the first `limit`."""
+def objects(uri: str | Path, prefix: str, limit: int | None = None) -> Iterator[tuple[str, int, str]]:
+    """Key, size and etag of the objects of `uri`'s bucket whose keys begin with `prefix`, sorted; at most `limit`."""
     arguments: dict[str, Any] = {"Bucket": split(uri)[0], "Prefix": prefix} | ({"MaxKeys": limit} if limit else {})
     while True:
         page = _patiently(uri, lambda client: client.list_objects_v2(**arguments))
-        yield from ((entry["Key"], entry["Size"]) for entry in page.get("Contents", []))
+        yield from ((entry["Key"], entry["Size"], entry.get("ETag", "")) for entry in page.get("Contents", []))
         if limit or not page.get("IsTruncated"):
             return
         arguments["ContinuationToken"] = page["NextContinuationToken"]

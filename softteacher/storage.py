@@ -20,12 +20,21 @@ from softteacher import s3
 from softteacher.errors import Conflict as Conflict
 from softteacher.errors import MissingFile, UserError
 
+_PART = ".part"  # end of the name of a file that is being written
+
 
 class FileInfo(NamedTuple):
-    """A file below a folder or prefix: its path relative to it, with `/`, and its size in bytes."""
+    """A file below a folder or prefix.
+
+    Attributes:
+        name: its path relative to the folder or prefix, with `/`.
+        size: in bytes.
+        etag: another one when the content is another: of S3, or made of time and size of a local file.
+    """
 
     name: str
     size: int
+    etag: str = ""
 
 
 def is_s3(uri: str | Path) -> bool:
@@ -98,13 +107,13 @@ def exists(uri: str | Path) -> bool:
             return Path(uri).exists()
         key = s3.split(uri)[1].rstrip("/")
         for prefix in (key, key + "/") if key else ("",):
-            if any(k == key or k.startswith(prefix and key + "/") for k, _ in s3.objects(uri, prefix, limit=1)):
+            if any(k == key or k.startswith(prefix and key + "/") for k, *_ in s3.objects(uri, prefix, limit=1)):
                 return True
         return False
 
 
 def list_files(uri: str | Path) -> Iterator[FileInfo]:
-    """Every file below a folder or prefix, sorted by name; nothing if there is none.
+    """Every file below a folder or prefix, sorted by name; nothing if there is none, and not what is being written.
 
     Raises:
         UserError: the bucket or folder can't be read.
@@ -112,9 +121,9 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
     if is_s3(uri):
         key = s3.split(uri)[1]
         prefix = key.rstrip("/") + "/" if key.strip("/") else ""
-        for name, size in s3.objects(uri, prefix):
+        for name, size, tag in s3.objects(uri, prefix):
             if not name.endswith("/"):
-                yield FileInfo(name[len(prefix) :], size)
+                yield FileInfo(name[len(prefix) :], size, tag)
         return
     root = os.fspath(uri)
     if not Path(root).exists():
@@ -124,11 +133,14 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
         for folder, _, names in os.walk(root, onerror=_raise):
             below = Path(os.path.relpath(folder, root)).as_posix() + "/" if folder != root else ""
             for name in names:  # texts, not paths: there may be millions
+                if name.endswith(_PART) and name.startswith("."):
+                    continue
                 try:
-                    size = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116
+                    stat = os.stat(f"{folder}/{name}")  # noqa: PTH116
+                    size, tag = stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
                 except OSError:  # a dangling link; whoever reads it reports it as an unreadable image
-                    size = 0
-                found.append(FileInfo(below + name, size))
+                    size, tag = 0, ""
+                found.append(FileInfo(below + name, size, tag))
     yield from sorted(found)
 
 
@@ -246,7 +258,7 @@ def _whole(target: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path  # a device or a pipe must not be replaced by a file
         return
-    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{_PART}")
     try:
         yield part
         part.replace(path)

@@ -25,7 +25,7 @@ def test_round_trip(base: str) -> None:
         assert storage.read_bytes(uri) == data
     storage.write_bytes(f"{base}/empty", b"again")
     assert storage.read_bytes(f"{base}/empty") == b"again"
-    assert list(storage.list_files(base)) == [("a b/ü.bin", 12_800_000), ("empty", 5)]
+    assert [file[:2] for file in storage.list_files(base)] == [("a b/ü.bin", 12_800_000), ("empty", 5)]
 
 
 def test_missing(base: str) -> None:
@@ -50,6 +50,18 @@ def test_exists_takes_no_other_name_for_it(base: str) -> None:
         assert not storage.exists(f"{base}/{name}"), name
 
 
+def test_a_listing_tells_other_content_by_its_etag(base: str) -> None:
+    storage.write_bytes(f"{base}/x", b"one")
+    (first,) = storage.list_files(base)
+    assert list(storage.list_files(base)) == [first]
+    storage.write_bytes(f"{base}/x", b"two")
+    (second,) = storage.list_files(base)
+    assert first.etag
+    assert second.etag not in ("", first.etag)
+    if storage.is_s3(base):
+        assert second.etag == storage.etag(f"{base}/x")
+
+
 def test_list_files(base: str) -> None:
     for name in ("z", "b/1", "b/10", "b/2", "b-x/1", "a/deep/er"):
         storage.write_bytes(f"{base}/{name}", name.encode())
@@ -57,6 +69,17 @@ def test_list_files(base: str) -> None:
     assert names(f"{base}/b") == ["1", "10", "2"]
     assert names(f"{base}/b/") == ["1", "10", "2"]
     assert names(f"{base}/nothing") == []
+
+
+def test_a_listing_leaves_out_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def replace(self: Path, target: Path) -> None:
+        seen.append((self.exists(), names(tmp_path)))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    storage.write_bytes(tmp_path / "a", b"whole")
+    assert seen == [(True, [])]
 
 
 def test_copy_in_all_directions(base: str, s3: str, tmp_path: Path) -> None:

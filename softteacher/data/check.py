@@ -25,6 +25,8 @@ MOST = 10_000  # images that are looked at: of a larger data set a sample, for t
 def check_images(dataset: CocoDataset, max_bad: float, title: str = "check images") -> CocoDataset:
     """Read and decode every image of a data set, or of one larger than `MOST` a random sample (always the same).
 
+    Of a labelled one those of unknown size are always in the sample.
+
     Args:
         dataset: what to check; images of unknown size are fine.
         max_bad: share of broken images, of those looked at, that is survived (one always is).
@@ -44,8 +46,9 @@ def check_images(dataset: CocoDataset, max_bad: float, title: str = "check image
 
     chosen: Sequence[int] = range(len(dataset))
     if len(dataset) > MOST:
-        chosen = sorted(random.Random(0).sample(chosen, MOST))
-        say(f"{dataset.source}: {MOST} of its {len(dataset)} images are looked at now, drawn at random")
+        unknown = [n for n, i in enumerate(dataset.images) if not i.width] if dataset.categories else []
+        chosen = sorted({*random.Random(0).sample(chosen, MOST), *unknown})
+        say(f"{dataset.source}: {len(chosen)} of its {len(dataset)} images are looked at now, drawn at random")
     counts: collections.Counter[str] = collections.Counter()
     broken: dict[int, str] = {}
     records = list(dataset.images)
@@ -86,9 +89,12 @@ def read_image(
     image, odd = decode(read(uri), uri, short_side)
     width, height = original_size(image)
     if record.width and (width, height) != (record.width, record.height):
+        turned = ROTATED in odd and (height, width) == (record.width, record.height)
         raise BadImage(
             f"{uri}: is {width} x {height}, but image {record.id} of {dataset.source} says "
             f"{record.width} x {record.height}; the boxes would be wrong"
+            + " (it was labelled as its EXIF rotation shows it; turn the pixels, e.g. mogrify -auto-orient)"
+            * turned
         )
     return image, odd
 

@@ -138,7 +138,8 @@ class CocoDataset:
         images = []
         for i in self.images:
             sizes = {"width": i.width, "height": i.height} if i.width else {}
-            images.append({"id": i.id, "file_name": i.file_name, **sizes, **({"root": i.root} if i.root else {})})
+            extra = ({"root": i.root} if i.root else {}) | ({"new": True} if i.new else {})
+            images.append({"id": i.id, "file_name": i.file_name, **sizes, **extra})
         return {
             "softteacher": {"root": self.root, "fingerprint": self.fingerprint()},
             "images": images,
@@ -163,7 +164,8 @@ def load_coco(source: str | Path, root: str | None = None, *, labeled: bool = Tr
     Args:
         source: the json, local or `s3://`.
         root: image folder or prefix; by default what the manifest says, else it is looked for beside the json.
-        labeled: boxes must exist; otherwise annotations, categories and sizes are optional.
+        labeled: boxes must exist, and the sizes of images that have some; otherwise annotations, categories and sizes
+            are optional.
 
     Returns:
         The data set. Degenerate boxes are dropped and boxes outside the image clipped, with a line that counts them.
@@ -188,13 +190,21 @@ def load_coco(source: str | Path, root: str | None = None, *, labeled: bool = Tr
             raise UserError(f"{source}: {key!r} must be a list of objects, not {show(odd[0])}; write the file again")
     if labeled and not tree["images"]:
         raise UserError(f"{source}: no images in it; take a data set that has some")
-    categories = parse_categories(source, tree.get("categories", []))
+    rows = tree.get("annotations", [])
+    categories = parse_categories(source, tree.get("categories", []), rows)
     if labeled and not categories:
         raise UserError(f"{source}: no categories in it; list the classes under 'categories'")
-    images = parse_images(source, tree["images"], labeled)
-    annotations = parse_annotations(source, tree.get("annotations", []), images, categories)
+    # labelling tools don't know the size of an image that nobody has drawn in
+    boxed = {i for i in (row.get("image_id") for row in rows) if isinstance(i, int)} if labeled else set()
+    images = parse_images(source, tree["images"], boxed)
+    annotations = parse_annotations(source, rows, images, categories)
     if labeled and not (~annotations.crowd).any():
-        raise UserError(f"{source}: not one labelled box in it; a detector needs some, check the annotations")
+        why = (
+            "all are iscrowd = 1, regions that teach nothing; set it to 0"
+            if len(annotations)
+            else "check the annotations"
+        )
+        raise UserError(f"{source}: not one labelled box in it, a detector needs some; {why}")
     if root is None and "softteacher" in tree:
         root = tree["softteacher"].get("root") if isinstance(tree["softteacher"], dict) else None
         if not is_root(root):
@@ -218,6 +228,30 @@ def require_same_classes(a: CocoDataset, b: CocoDataset) -> None:
     if a.categories != b.categories:
         odd = sorted(set(a.categories) ^ set(b.categories))[:3]
         raise UserError(f"{a.source} and {b.source}: the class sets differ (e.g. {odd}); use one list in both files")
+
+
+@without_gc()
+def add_labeled(dataset: CocoDataset, more: CocoDataset, first: int) -> CocoDataset:
+    """A data set with the images and boxes of another one of the same classes added.
+
+    Args:
+        dataset: keeps its ids.
+        more: what is added.
+        first: id of its first image, larger than any of `dataset`.
+    """
+    images = [replace(i, id=first + n, root=i.root or more.root) for n, i in enumerate(more.images)]
+    a, b = dataset.annotations, more.annotations
+    masks = (a.segmentations or [[]] * len(a)) + (b.segmentations or [[]] * len(b))
+    annotations = Annotations(
+        np.concatenate([a.image_index, b.image_index + len(dataset)]),
+        np.concatenate([a.bbox, b.bbox]),
+        np.concatenate([a.labels, b.labels]),
+        np.concatenate([a.area, b.area]),
+        np.concatenate([a.crowd, b.crowd]),
+        np.concatenate([a.ids, np.arange(len(b)) + a.ids.max(initial=0) + 1]),
+        masks if a.segmentations or b.segmentations else None,
+    )
+    return replace(dataset, images=dataset.images + images, annotations=annotations)
 
 
 def find_images(source: str, images: list[ImageRecord]) -> str:

@@ -54,12 +54,8 @@ def decode(data: bytes, name: str, short_side: int | None = None) -> tuple[Image
             image.draft(None, (size[0] // scale, size[1] // scale))
             image.info["original_size"] = size
         image.load()
-        mode = image.mode
-        if mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it to white
-            values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            image = Image.fromarray((values / max(257.0, values.max() / 255)).clip(0, 255).astype(np.uint8))
-        odd = [ROTATED] if _rotated(image) else []
-        return (image, odd) if mode == "RGB" else (image.convert("RGB"), [mode, *odd])
+        odd = [] if image.mode == "RGB" else [image.mode]
+        return as_rgb(image), odd + [ROTATED] * _rotated(image)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -67,6 +63,14 @@ def decode(data: bytes, name: str, short_side: int | None = None) -> tuple[Image
     except Exception as e:  # Pillow's plugins raise nearly anything on garbage
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise BadImage(f"{name}: broken image ({why}); replace or remove it") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB; 16-bit grey is scaled down, where Pillow itself would clip it to white."""
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        image = Image.fromarray((values / max(257.0, values.max() / 255)).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def original_size(image: Image.Image) -> tuple[int, int]:
@@ -86,14 +90,14 @@ def _rotated(image: Image.Image) -> bool:
         return False
 
 
-def load_image(uri: str | Path) -> Image.Image:
-    """An image file, local or `s3://`, as 8-bit RGB.
+def load_image(uri: str | Path, short_side: int | None = None) -> Image.Image:
+    """An image file, local or `s3://`, as 8-bit RGB; `short_side` as for `decode`.
 
     Raises:
         BadImage: it is no whole image.
         UserError: it is missing or can't be read.
     """
-    return decode(storage.read_bytes(uri), str(uri))[0]
+    return decode(storage.read_bytes(uri), str(uri), short_side)[0]
 
 
 def inference_size(width: int, height: int, short_side: int, long_side: int) -> tuple[int, int]:
@@ -113,17 +117,18 @@ def letterbox(
     """Resize as at test time and paste into the top left corner of a canvas.
 
     Args:
-        image: RGB.
+        image: RGB; it may have been decoded at a reduced size.
         size: (height, width) of the canvas; an image that would not fit is made smaller.
         short_side: as in `inference_size`.
         long_side: as in `inference_size`.
 
     Returns:
-        The canvas, uint8 [H, W, 3], and the scale (x, y) from original to canvas pixels.
+        The canvas, uint8 [H, W, 3], and the scale (x, y) from original (see `original_size`) to canvas pixels.
     """
     width, height = inference_size(*image.size, short_side, long_side)
     shrink = min(1.0, size[1] / width, size[0] / height)
     width, height = max(1, min(size[1], round(width * shrink))), max(1, min(size[0], round(height * shrink)))
     canvas = np.full((*size, 3), PAD, np.uint8)
     canvas[:height, :width] = np.asarray(resize(image, width, height))
-    return canvas, (width / image.width, height / image.height)
+    original = original_size(image)
+    return canvas, (width / original[0], height / original[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -122,6 +123,8 @@ class _Steps(Dataset):
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.cache = ImageCache(settings.data.cache_mb, settings.data.cache_dir)
         self.orders: dict[str, tuple[int, np.ndarray]] = {}
+        new = np.array([i.new for i in unlabeled.images] if unlabeled is not None else [], bool)
+        self.new, self.known = np.flatnonzero(new), np.flatnonzero(~new)
         self.short_side = largest_short_side(settings.data)
 
     def __getitem__(self, number: int) -> Batch | UserError:
@@ -147,7 +150,7 @@ class _Steps(Dataset):
         if self.unlabeled is not None and step >= self.burn_in and training.unlabeled_per_batch:
             weak, strong, rows, seeds = [], [], [], []
             for position, rng in self._draws(step, part, 1, training.unlabeled_per_batch):
-                index, image = self._image(self.unlabeled, "unlabeled", position, broken)
+                index, image = self._unlabeled_image(position, broken)
                 rows.append(index)
                 seeds.append(int(rng.integers(2**32)))
                 weak.append(weak_view(image, rng, data))
@@ -166,18 +169,36 @@ class _Steps(Dataset):
         for slot in range(first, first + count):
             yield step * whole + slot, np.random.default_rng([self.settings.training.seed, step, kind, slot])
 
+    def _unlabeled_image(self, position: int, broken: dict[str, list[str]]) -> tuple[int, Image.Image]:
+        """The image at a position of the endless sequence, in which new and known ones take turns by `new_share`."""
+        assert self.unlabeled is not None
+        share = self.settings.training.new_share
+        if share is None or not len(self.new) or len(self.new) == len(self.unlabeled):
+            return self._image(self.unlabeled, "unlabeled", position, broken)
+        before = math.floor(position * share)  # of the new ones, up to this position
+        if math.floor((position + 1) * share) > before:
+            return self._image(self.unlabeled, "unlabeled-new", before, broken, self.new)
+        return self._image(self.unlabeled, "unlabeled-known", position - before, broken, self.known)
+
     def _image(
-        self, dataset: CocoDataset, part: str, position: int, broken: dict[str, list[str]]
+        self,
+        dataset: CocoDataset,
+        part: str,
+        position: int,
+        broken: dict[str, list[str]],
+        among: np.ndarray | None = None,
     ) -> tuple[int, Image.Image]:
-        """The image at a position of the endless shuffled sequence, or the next readable one."""
-        for offset in range(len(dataset)):
-            epoch, place = divmod(position + offset, len(dataset))
-            index = int(self._order(part, epoch, len(dataset))[place])
+        """The image at a position of the endless shuffled sequence of all or some images, or the next readable one."""
+        count = len(dataset) if among is None else len(among)
+        for offset in range(count):
+            epoch, place = divmod(position + offset, count)
+            index = int(self._order(part, epoch, count)[place])
+            index = index if among is None else int(among[index])
             try:
                 return index, read_image(dataset, index, self.cache.read, self.short_side)[0]
             except (BadImage, storage.MissingFile) as e:
-                broken.setdefault(part, []).append(str(e))
-        raise UserError(f"{dataset.source}: not one of its {len(dataset)} images can be read; check the image folder")
+                broken.setdefault(part.partition("-")[0], []).append(str(e))
+        raise UserError(f"{dataset.source}: not one of its {count} images can be read; check the image folder")
 
     def _order(self, part: str, epoch: int, count: int) -> np.ndarray:
         """The shuffled indices of an epoch; the last one is kept, as a million take a while."""

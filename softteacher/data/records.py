@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 from reprlib import repr as show
 from typing import Any, TypeGuard
 
@@ -23,13 +23,23 @@ _MAX_INT, _MAX_NUMBER = 2**53, 1e12
 
 @dataclass(slots=True)
 class ImageRecord:
-    """One image; width and height are 0 where no json told them, `root` is set where it isn't the data set's own."""
+    """One image.
+
+    Attributes:
+        id: unique in its data set.
+        file_name: relative to the root.
+        width: in pixels; 0 where no json told it.
+        height: likewise.
+        root: where it isn't the data set's own.
+        new: it came with the last round of collecting (see `training.new_share`).
+    """
 
     id: int
     file_name: str
     width: int = 0
     height: int = 0
     root: str | None = None
+    new: bool = False
 
 
 @dataclass(slots=True)
@@ -70,8 +80,12 @@ class Annotations:
         )
 
 
-def parse_categories(source: str, rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
+def parse_categories(
+    source: str, rows: list[dict[str, Any]], annotations: list[dict[str, Any]]
+) -> list[tuple[int, str]]:
     """(id, name) of the categories, sorted by id.
+
+    Roboflow lists the project itself as their supercategory; it has no annotations and is no class.
 
     Raises:
         UserError: a row is wrong.
@@ -79,25 +93,31 @@ def parse_categories(source: str, rows: list[dict[str, Any]]) -> list[tuple[int,
     for n, row in enumerate(rows):
         if not _is_int(row.get("id")) or not _is_text(row.get("name")):
             raise UserError(f"{source}: {_named('category', n, row)}: needs an integer 'id' and a string 'name'")
-    found = sorted((row["id"], row["name"]) for row in rows)
+    parents = [row.get("supercategory") for row in rows]
+    roots = [row for row in rows if row.get("supercategory") == "none" and row["name"] in parents]
+    project = [row for row in roots if not any(a.get("category_id") == row["id"] for a in annotations)]
+    found = sorted((row["id"], row["name"]) for row in rows if row not in project)
     for what, values in (("id", [i for i, _ in found]), ("name", [n for _, n in found])):
         if twice := _duplicate(values):
             raise UserError(f"{source}: category {what} {twice[0]!r} occurs twice; make it unique")
     return found
 
 
-def parse_images(source: str, rows: list[dict[str, Any]], labeled: bool) -> list[ImageRecord]:
-    """The images, sorted by id; `labeled`: their sizes must be known.
+def parse_images(source: str, rows: list[dict[str, Any]], labeled: set[int]) -> list[ImageRecord]:
+    """The images, sorted by id; `labeled`: ids of those whose sizes must be known.
 
     Raises:
         UserError: a row is wrong.
     """
     images = []
-    for n, row in enumerate(rows):
-        if complaint := _image_complaint(row, labeled):
+    for n, given in enumerate(rows):
+        row = {key: value for key, value in given.items() if value is not None}
+        if isinstance(name := row.get("file_name"), str) and "\\" in name and not PureWindowsPath(name).drive:
+            row["file_name"] = name.replace("\\", "/")  # a labelling tool on Windows
+        if complaint := _image_complaint(row, _is_int(row.get("id")) and row["id"] in labeled):
             raise UserError(f"{source}: {_named('image', n, row)}: {complaint}")
         width, height = row.get("width", 0), row.get("height", 0)
-        images.append(ImageRecord(row["id"], row["file_name"], width, height, row.get("root")))
+        images.append(ImageRecord(row["id"], row["file_name"], width, height, row.get("root"), row.get("new", False)))
     images.sort(key=lambda i: i.id)
     if twice := _duplicate([i.id for i in images]):
         raise UserError(f"{source}: image id {twice[0]} occurs twice; make the ids unique")
@@ -142,20 +162,28 @@ def is_root(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and value.startswith(("/", "s3://")) and "\0" not in value
 
 
-def _image_complaint(row: dict[str, Any], labeled: bool) -> str | None:
-    name = row.get("file_name")
-    if not _is_int(row.get("id")):
-        return f"'id' is {show(row.get('id'))}; it must be an integer"
+def file_name_complaint(name: Any) -> str | None:
+    """What is wrong with a `file_name`; none if nothing is."""
     if not _is_text(name, "surrogateescape"):
         return f"file_name is {show(name)}; it must be the path of a file in the image folder"
     if name.startswith("/") or "\\" in name or "\0" in name or (".." in name and ".." in PurePosixPath(name).parts):
         return f"file_name {name!r} leaves the image folder; write it relative to that folder"
+    return None
+
+
+def _image_complaint(row: dict[str, Any], labeled: bool) -> str | None:
+    if not _is_int(row.get("id")):
+        return f"'id' is {show(row.get('id'))}; it must be an integer"
+    if complaint := file_name_complaint(row.get("file_name")):
+        return complaint
     if labeled or "width" in row or "height" in row:
         for key in ("width", "height"):
             if not _is_int(row.get(key)) or row[key] <= 0:
                 return f"{key!r} is {show(row.get(key))}; it must be a positive integer"
     if row.get("root") is not None and not is_root(row["root"]):
         return f"'root' is {show(row['root'])}; {ROOT_RULE}"
+    if not isinstance(row.get("new", False), bool):
+        return f"'new' is {show(row['new'])}; it must be true or false"
     return None
 
 

@@ -129,6 +129,8 @@ def split(
 def find_annotations(data: str) -> tuple[str, str | None]:
     """The train and val json of a data set: `annotations/*train*.json` and `*val*.json`, or its only json.
 
+    Or `train/_annotations.coco.json` and `valid/_annotations.coco.json`, as Roboflow exports them.
+
     Raises:
         UserError: there is none, or more than one could be meant.
     """
@@ -136,12 +138,15 @@ def find_annotations(data: str) -> tuple[str, str | None]:
         return data, None
     if not storage.exists(data):
         raise UserError(f"{data}: no such folder or prefix; check --data")
+    roboflow = [storage.join(data, f"{part}/_annotations.coco.json") for part in ("train", "valid")]
+    if storage.exists(roboflow[0]):
+        return roboflow[0], roboflow[1] if storage.exists(roboflow[1]) else None
     folder = storage.join(data, "annotations")
     files = [f.name for f in storage.list_files(folder)] if storage.exists(folder) else []
     names = sorted(n for n in files if n.endswith(".json") and "/" not in n)
     instances = [n for n in names if n.startswith("instances_")] or names
-    train = [n for n in instances if "train" in n]
-    val = [n for n in instances if "val" in n and "train" not in n]
+    train = [n for n in instances if "train" in n.lower()]
+    val = [n for n in instances if "val" in n.lower() and "train" not in n.lower()]
     if not train and not val and len(instances) == 1:
         train = instances
     if len(train) != 1 or len(val) > 1:

@@ -84,12 +84,19 @@ def nms_mask(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) ->
     # groups are moved so far apart that boxes of two of them can't overlap
     span = boxes.max() + 1
     boxes = boxes + (groups.to(boxes.dtype) * span)[..., None]
-    if torch.compiler.is_exporting():  # one call for the batch, or the graph would fix its size
-        boxes = boxes + torch.arange(boxes.shape[0], device=boxes.device)[:, None, None] * (groups.max() + 1) * span
-        kept = nms(boxes.flatten(0, 1), scores.flatten(), threshold)
-    else:  # the cost grows with the square of the boxes in a call
-        kept = torch.cat(
-            [nms(b, s, threshold) + n * s.numel() for n, (b, s) in enumerate(zip(boxes, scores, strict=True))]
-        )
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=boxes.device)
-    return mask.index_fill(0, kept, True).reshape(scores.shape) & (scores > 0)
+    return nms_batch(boxes, scores, threshold) & (scores > 0)
+
+
+# an operator of its own, because a loop over the images would fix their number in the exported graph
+@torch.library.custom_op("softteacher::nms_batch", mutates_args=())
+def nms_batch(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """NMS in each image by itself: boxes [B, N, 4], scores [B, N] to [B, N] bool, which survive."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for n, (b, s) in enumerate(zip(boxes, scores, strict=True)):
+        mask[n, nms(b, s, threshold)] = True
+    return mask
+
+
+@nms_batch.register_fake
+def _(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)

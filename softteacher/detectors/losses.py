@@ -73,7 +73,12 @@ class RPNTargets(NamedTuple):
 
 
 def rpn_targets(
-    anchors: Tensor, sizes: Tensor, boxes: list[Tensor], count: int, noise: list[torch.Generator]
+    anchors: Tensor,
+    sizes: Tensor,
+    boxes: list[Tensor],
+    count: int,
+    noise: list[torch.Generator],
+    unsure: list[Tensor] | None = None,
 ) -> RPNTargets:
     """Sampled anchors for each image.
 
@@ -83,12 +88,16 @@ def rpn_targets(
         boxes: B x [n, 4].
         count: anchors per image.
         noise: B generators, see `sample`.
+        unsure: B x [n, 4], maybe objects: anchors on them (IoU from 0.3) are no negatives.
     """
     index, objectness, deltas = [], [], []
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
     for n, (size, box, own) in enumerate(zip(sizes, boxes, noise, strict=True)):
         matched = assign(anchors, box, 0.7, 0.3, low_quality=True, min_positive=0.3)
         matched = torch.where((centre < size.flip(0)).all(1), matched, -2)
+        if unsure is not None:
+            maybe = assign(anchors, unsure[n], 0.7, 0.3, low_quality=False)
+            matched = torch.where((matched == -1) & (maybe != -1), -2, matched)
         positive, negative = sample(matched, count, 0.5, own)
         index += [n * len(anchors) + positive, n * len(anchors) + negative]
         objectness += [torch.ones(len(positive)), torch.zeros(len(negative))]
@@ -169,7 +178,11 @@ def sample_rois(
 
 
 def classification_loss(
-    logits: Tensor, rois: RoIs, weights: Tensor | None = None, normalization: str = "weights"
+    logits: Tensor,
+    rois: RoIs,
+    weights: Tensor | None = None,
+    normalization: str = "weights",
+    soft: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy, weighted: sum(w * CE) / max(sum(w), 1). Without weights the mean.
 
@@ -179,8 +192,9 @@ def classification_loss(
         weights: [R], 1 for positives, the reliability for negatives (Soft Teacher).
         normalization: `weights`, see above; `paper`: the mean over positives plus the weighted mean over negatives
             (paper, Eq. 4-5).
+        soft: [R, C + 1] distributions to learn in place of the labels.
     """
-    loss = F.cross_entropy(logits, rois.labels, reduction="none")
+    loss = F.cross_entropy(logits, rois.labels if soft is None else soft, reduction="none")
     if weights is None:
         return loss.sum() / rois.sampled
     positive = rois.labels < logits.shape[1] - 1

@@ -11,8 +11,9 @@ from softteacher.detections import Detections
 from softteacher.detectors.boxes import clip
 from softteacher.detectors.fcos import FCOS, STRIDES, Dense, box_losses, dense_targets, focal_loss, inside
 from softteacher.methods.base import Unlabeled
+from softteacher.methods.jitter import regression_variance
 from softteacher.methods.mixing import other_half
-from softteacher.methods.soft_teacher import SoftTeacher, regression_variance
+from softteacher.methods.soft_teacher import SoftTeacher
 
 
 class OneStageSoftTeacher(SoftTeacher):

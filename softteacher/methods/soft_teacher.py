@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -26,6 +27,7 @@ from softteacher.detectors.losses import (
     sample_rois,
 )
 from softteacher.methods.base import TeacherMethod, Unlabeled, to_strong_view
+from softteacher.methods.jitter import jitter, regression_variance
 from softteacher.methods.mixing import mix_boxes, mix_views, other_half
 
 
@@ -64,7 +66,8 @@ class SoftTeacher(TeacherMethod):
         features = self.student.features(strong.images)
         with torch.no_grad():
             rpn = self.student.rpn(features)
-        targets = rpn_targets(rpn.anchors, strong.sizes, [p.boxes for p in for_rpn], d.rpn_batch, part.noise)
+        unsure = [p.detections.boxes for p in pool] if s.rpn_ignore else None
+        targets = rpn_targets(rpn.anchors, strong.sizes, [p.boxes for p in for_rpn], d.rpn_batch, part.noise, unsure)
         losses = rpn_loss(*self.student.rpn_at(features, targets.anchors), targets)
 
         proposals, scores = self.student.proposals(rpn, strong.sizes, training=True)
@@ -92,7 +95,8 @@ class SoftTeacher(TeacherMethod):
         weights = self.reliability(cls_rois, logits[is_cls], for_cls, part)
         if mixed:  # background is what is background in both
             weights = weights * self.reliability(cls_rois, logits[is_cls], for_cls, other_half(part))
-        losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization)
+        soft = self.soft_targets(cls_rois, part, mixed) if s.positives == "soft" else None
+        losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization, soft)
         losses["box"] = regression_loss(deltas[~is_cls], reg_rois)
 
         sure = [self.confident(p.found, s.cls_threshold) for p in pool]
@@ -114,10 +118,16 @@ class SoftTeacher(TeacherMethod):
 
     def for_regression(self, pool: list[PseudoBoxes], for_cls: list[Detections]) -> list[Detections]:
         """Boxes of a small variance (section 3.3), or those of the classification where jittering is switched off."""
-        return [
-            c if p.variance is None else p.detections[p.variance < self.settings.reg_variance_threshold]
-            for p, c in zip(pool, for_cls, strict=True)
-        ]
+        s, out = self.settings, []
+        for p, c in zip(pool, for_cls, strict=True):
+            if p.variance is None:
+                out.append(c)
+                continue
+            good = p.variance < s.reg_variance_threshold
+            if s.reg_confident:
+                good &= self.thresholds.above(p.detections, s.cls_threshold)
+            out.append(p.detections[good])
+        return out
 
     def further_losses(
         self,
@@ -205,44 +215,28 @@ class SoftTeacher(TeacherMethod):
         if kind == "student_background":
             weights[negative] = student
             return weights
-        back = zip(places, torch.linalg.inv(part.to_strong), part.weak.sizes, strict=True)
-        seen, _ = self.teacher.box_head(part.features, [project_boxes(p, matrix, size) for p, matrix, size in back])
-        teacher = seen.softmax(-1)[:, -1]
+        teacher = self.teacher_at(places, part)[:, -1]
         weights[negative] = teacher if kind == "teacher_background" else 1 - (student - teacher).abs()
         return weights
 
+    @torch.no_grad()
+    def soft_targets(self, rois: RoIs, part: Unlabeled, mixed: bool) -> Tensor:
+        """[R, C + 1]: what the teacher sees in each positive (`method.positives`; Humble Teacher, arXiv 2106.10456).
 
-def jitter(boxes: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """Jittered copies of boxes: `box + noise * scale * (w, h, w, h)`, not clipped.
+        Where it wavers between classes, a pseudo box of the wrong one does less harm. Negatives stay background.
+        """
+        positive = rois.labels < self.student.classes
+        places = rois.select(positive).boxes
+        seen = self.teacher_at(places, part)
+        if mixed:  # the object is in one of the two images
+            other = self.teacher_at(places, other_half(part))
+            seen = torch.where((seen[:, -1] < other[:, -1])[:, None], seen, other)
+        targets = F.one_hot(rois.labels, self.student.classes + 1).to(seen.dtype)
+        targets[positive] = seen
+        return targets
 
-    Args:
-        boxes: [N, 4] xyxy.
-        noise: [T, N, 4], standard normal, or uniform in -1 .. 1 (paper, Eq. 6).
-        scale: what 1 of the noise is, as a share of width and height (at least one pixel each).
-
-    Returns:
-        [T, N, 4].
-    """
-    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).repeat(1, 2)
-    return boxes + noise * scale * size
-
-
-def regression_variance(refined: Tensor, detected: Tensor | None = None) -> Tensor:
-    """Box regression variance (paper, Eq. 6-8).
-
-    Args:
-        refined: [T, N, 4], the T refined copies of N boxes.
-        detected: [N, 4], the boxes themselves, for the paper's form: all coordinates over half of their width + height
-            (Eq. 7). Without them the code's form: each coordinate over its own side of the mean refined box.
-
-    Returns:
-        [N], the unbiased standard deviation over the copies relative to the side, mean of 4 coordinates.
-    """
-    mean = refined.mean(0)
-    box = mean if detected is None else detected
-    size = (box[:, 2:] - box[:, :2]).repeat(1, 2)
-    if detected is not None:
-        size = size.mean(1, keepdim=True)
-    # not std(0): it warns where there are no boxes
-    deviation = ((refined - mean).square().sum(0) / (len(refined) - 1)).sqrt()
-    return (deviation / size.clamp(min=1)).mean(1)
+    def teacher_at(self, places: list[Tensor], part: Unlabeled) -> Tensor:
+        """The teacher's class distribution [R, C + 1] in the weak views at RoIs B x [n, 4] of the strong views."""
+        back = zip(places, torch.linalg.inv(part.to_strong), part.weak.sizes, strict=True)
+        seen, _ = self.teacher.box_head(part.features, [project_boxes(p, matrix, size) for p, matrix, size in back])
+        return seen.softmax(-1)

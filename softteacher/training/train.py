@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from softteacher import __version__, distributed, storage
-from softteacher.config import Settings
+from softteacher.config import Settings, read_settings
 from softteacher.console import console, say
 from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
@@ -26,11 +26,11 @@ from softteacher.data.loader import batches
 from softteacher.data.masks import require_masks
 from softteacher.data.split import load_unlabeled
 from softteacher.detectors.build import build
-from softteacher.device import find_device, find_precision
+from softteacher.device import find_device, find_precision, keep_memory
 from softteacher.errors import UserError
 from softteacher.evaluation.inference import score
 from softteacher.methods import build_method
-from softteacher.model_folder import ModelFolder
+from softteacher.model_folder import ModelFolder, origin
 from softteacher.storage import join
 from softteacher.training.checkpoint import Checkpoints
 from softteacher.training.self_label import self_label
@@ -46,6 +46,7 @@ _INDIFFERENT = {
         for key in ("labeled_per_batch", "unlabeled_per_batch", "checkpoint_every", "keep_checkpoints")
     ),
     "training.reference_batch",  # what follows from it does matter
+    "method.burn_in_cache",
 }
 
 
@@ -73,6 +74,8 @@ def train(
         Stopped: the process was told to end; a checkpoint is written.
     """
     device = find_device(settings.training.device)
+    if device.type == "cpu":
+        keep_memory()
     with distributed.process_group(device):
         console.quiet = distributed.rank() > 0
         try:
@@ -91,7 +94,7 @@ def _train(
 ) -> dict[str, Any]:
     asked = settings.training
     images = asked.accumulate * (asked.labeled_per_batch + asked.unlabeled_per_batch)
-    settings = for_batch(settings, distributed.world_size() * images)
+    settings = _like_parent(for_batch(settings, distributed.world_size() * images))
     main, s = distributed.rank() == 0, settings.training
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
@@ -116,6 +119,8 @@ def _train(
         torch.set_num_threads(s.threads or share)
     torch.manual_seed(s.seed)
     student = build(settings.detector, len(train_set.categories)).to(device)
+    start = settings.detector.init_from
+    parent = distributed.once(lambda: origin(start)) if start else None
     student.to(memory_format=torch.channels_last)
     student.precision = find_precision(s.precision, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -137,14 +142,27 @@ def _train(
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
         checkpoints = Checkpoints(place, run, s.keep_checkpoints)
+        cache = settings.method.burn_in_cache if settings.burn_in_steps else None
+        burn_in = Checkpoints(cache, _burn_in(run), keep=1) if cache else None
         state = distributed.once(checkpoints.load)
+        if not state and burn_in and (state := distributed.once(burn_in.load)):
+            state |= {"method": method.state()}  # the methods differ from here on
+            place, burn_in = str(cache), None
         if state:
             trainer.load_state(state)
             say(f"train: goes on at step {trainer.progress.step} of {s.iterations}, from {place}")
         parts = batches(train_set, extra, settings, start=trainer.progress.step, burn_in=settings.burn_in_steps)
         # the student is scored at the end only, which halves what validations cost
         teacher_only = (lambda: validate("teacher")) if s.evaluate_every else None
-        run_training(trainer, parts, sets, folder, checkpoints if main else None, teacher_only)
+        run_training(
+            trainer,
+            parts,
+            sets,
+            folder,
+            checkpoints if main else None,
+            teacher_only,
+            burn_in if main else None,
+        )
         best = trainer.progress.best
         if best:
             teacher.load_state_dict(best["teacher"])
@@ -161,13 +179,17 @@ def _train(
                     name: {"source": d.source, "root": d.root, "images": len(d), "fingerprint": d.fingerprint()}
                     for name, d in {**sets, "validation": val_set}.items()
                 },
+                "parent": parent,
                 "git_sha": git_sha(),
+                "image": os.environ.get("SOFTTEACHER_IMAGE"),
+                "run_id": os.environ.get("SOFTTEACHER_RUN"),
                 "versions": versions(),
                 "machine": {
                     "platform": platform.platform(),
                     "device": str(device),
                     "processes": distributed.world_size(),
                     "threads": torch.get_num_threads(),
+                    "precision": str(student.precision).removeprefix("torch."),
                 },
                 "training": trainer.progress.facts(),
             }
@@ -207,6 +229,22 @@ def for_batch(settings: Settings, images: int) -> Settings:
     return settings.model_copy(update={"training": s.model_copy(update=follows)})
 
 
+def _like_parent(settings: Settings) -> Settings:
+    """The settings with the norm of the model folder that the training starts from, where `auto` leaves it open."""
+    new = settings.detector
+    if new.init_from is None or new.norm != "auto" or new.backbone_weights is not None:
+        return settings
+    try:
+        with storage.local_input(join(new.init_from, "settings.yaml")) as path:
+            old = read_settings(path).detector
+    except storage.MissingFile:  # a state dict; or `build` says what is missing
+        return settings
+    # a parent that learnt from nothing has group norm, and so have all that start from it
+    from_nothing = old.norm == "auto" and old.backbone_weights is None and old.init_from is None
+    norm = "group" if from_nothing else old.norm
+    return settings.model_copy(update={"detector": new.model_copy(update={"norm": norm})})
+
+
 def _batch(settings: Settings) -> str:
     """The images of a step, all processes together."""
     s = settings.training
@@ -224,6 +262,12 @@ def _identity(settings: Settings, sets: dict[str, CocoDataset]) -> dict[str, Any
         for name, d in sets.items()
     }
     return {**kept, "batch": _batch(settings), **prints}
+
+
+def _burn_in(run: dict[str, Any]) -> dict[str, Any]:
+    """What makes the burn-in of a run this burn-in: not the method, but its moving average, nor unlabelled images."""
+    shared = ("method.burn_in", "method.ema_momentum", "method.ema_ramp")
+    return {k: v for k, v in run.items() if (not k.startswith("method.") or k in shared) and k != "data set unlabeled"}
 
 
 def _finished(out: str, run: dict[str, Any]) -> dict[str, Any] | None:

@@ -212,6 +212,7 @@ def run_training(
     log_folder: Path | None = None,
     checkpoints: Checkpoints | None = None,
     validate: Callable[[], dict[str, dict[str, Any]]] | None = None,
+    burn_in: Checkpoints | None = None,
 ) -> None:
     """Train from where the trainer's progress stands to the end, or to an early stop.
 
@@ -223,6 +224,7 @@ def run_training(
         checkpoints: written every `checkpoint_every` steps, at the end and when the process is told to stop; none:
             in all processes but one, or without checkpoints.
         validate: metrics of teacher and student, every `evaluate_every` steps and at the end.
+        burn_in: gets the state at the end of burn-in, for runs of other methods.
 
     Raises:
         UserError: too many unreadable images, out of memory, or a loss that stays not finite.
@@ -239,11 +241,14 @@ def run_training(
         window_started, window_images = time.monotonic(), p.images
         saved, note = p.step, ""
 
+        def state() -> dict[str, Any]:
+            p.window = {k: [float(x) for x in v] for k, v in window.items()}
+            return trainer.state()
+
         def save(wait: bool) -> None:
             nonlocal saved
             if checkpoints and saved != p.step:
-                p.window = {k: [float(x) for x in v] for k, v in window.items()}
-                checkpoints.save(p.step, trainer.state(), wait)
+                checkpoints.save(p.step, state(), wait)
             elif checkpoints and wait:
                 checkpoints.finish(strict=True)
             saved = p.step
@@ -271,6 +276,8 @@ def run_training(
                 break
             if p.step == s.iterations:
                 break
+            if burn_in and p.step == trainer.settings.burn_in_steps:
+                burn_in.save(p.step, state(), wait=True)
             if s.checkpoint_every and p.step % s.checkpoint_every == 0 and p.step:
                 save(wait=False)
             if any(distributed.mean([float(request.signal)], trainer.device)):

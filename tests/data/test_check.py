@@ -98,6 +98,14 @@ def test_of_a_large_set_a_sample_is_looked_at(folder, capsys, monkeypatch):
         check_images(plain, 0.49)
 
 
+def test_sizes_of_a_labelled_set_are_always_looked_at(folder, monkeypatch):
+    monkeypatch.setattr("softteacher.data.check.MOST", 2)
+    found = dataset(folder)
+    for record in found.images[::3]:
+        record.width = record.height = 0
+    assert all(i.width == 32 for i in check_images(found, 0).images)
+
+
 def test_odd_images_are_counted(folder, capsys):
     exif = Image.Exif()
     exif[0x112] = 6
@@ -108,6 +116,17 @@ def test_odd_images_are_counted(folder, capsys):
     said = capsys.readouterr().err
     assert "3 images are converted to 8-bit RGB (1 CMYK, 2 L)" in said
     assert "1 images have an EXIF rotation; it is ignored" in said
+
+
+def test_labelled_as_the_exif_rotation_shows_it(folder, capsys):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for n, size in ((1, (24, 32)), (2, (24, 31))):  # the second is wrong in another way
+        Image.new("RGB", size).save(folder / "images" / f"{n}.png", "JPEG", exif=exif)
+    check_images(dataset(folder), 0.5)
+    said = capsys.readouterr().err
+    assert len(re.findall(r"1\.png: is 24 x 32, .* says 32 x 24; .* turn the pixels", said)) == 1
+    assert said.count("turn the pixels") == 1
 
 
 def test_sizes_are_filled_in(folder):

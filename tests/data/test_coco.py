@@ -77,7 +77,7 @@ def test_no_coco_json(tmp_path, text, message):
         (edited(("images",), []), "no images"),
         (edited(("categories",), []), "no categories"),
         (edited(("annotations",), []), "not one labelled box"),
-        (edited(("annotations",), [{**coco_tree()["annotations"][0], "iscrowd": 1}]), "not one labelled box"),
+        (edited(("annotations",), [{**coco_tree()["annotations"][0], "iscrowd": 1}]), "not one labelled box.*iscrowd"),
         *(
             (image("id", v), "image at position 2 .*'id' is .*must be an integer")
             for v in (MISSING, None, True, 1.0, "3", [1], {"a": 1}, 10**30, math.nan)
@@ -88,13 +88,14 @@ def test_no_coco_json(tmp_path, text, message):
         ),
         *(
             (image("file_name", v), "image 3: file_name .* leaves the image folder")
-            for v in ("../x.png", "/etc/passwd", "a/../../x", "C:\\x", "a\0b")
+            for v in ("../x.png", "/etc/passwd", "a/../../x", "C:\\x", "..\\x.png", "\\\\host\\x", "a\0b")
         ),
         *(
             (image(key, v), f"image 3: '{key}' is .*positive integer")
             for key in ("width", "height")
             for v in (MISSING, None, "32", 0, -5, True, 32.0, math.nan, 10**30)
         ),
+        (image("new", "yes"), "image 3: 'new' is 'yes'; it must be true or false"),
         *((image("root", v), "image 3: 'root' is .*absolute") for v in ([1], "..", "", 5)),
         *((annotation("id", v), "annotation at position 4") for v in (MISSING, None, True, "3", [1], 10**30, 9.5)),
         *(
@@ -170,6 +171,38 @@ def test_optional_keys_are_optional(tmp_path):
     assert a.fingerprint() == b.fingerprint()
 
 
+@pytest.mark.parametrize("value", [MISSING, None])
+def test_an_image_without_boxes_needs_no_size(tmp_path, value):
+    tree = image("width", value) | {"softteacher": {"root": "/nowhere"}}
+    del tree["images"][2]["height"]
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != 3]
+    found = load_coco(write_json(tmp_path / "a.json", tree))
+    assert [i.width for i in found.images[:4]] == [32, 32, 0, 32]
+    found.save(tmp_path / "b.json")
+    assert load_coco(tmp_path / "b.json").images == found.images
+
+
+def test_folders_as_windows_writes_them(tmp_path):
+    tree = image("file_name", "a\\b.png") | {"softteacher": {"root": "/nowhere"}}
+    assert load_coco(write_json(tmp_path / "a.json", tree)).images[2].file_name == "a/b.png"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(0, "pets", "none"), (1, "cat", "pets"), (2, "dog", "pets")], [1, 2]),
+        ([(0, "cat", "none"), (1, "cat", "cat"), (2, "dog", "cat")], [1, 2]),  # the project's name is a class's
+        ([(1, "cat", "none"), (2, "dog", "cat"), (3, "cow", "cat")], [1, 2, 3]),  # boxes make it a class
+        ([(0, "pets", "none"), (1, "cat", "none"), (2, "dog", "none")], [0, 1, 2]),  # nobody's parent
+        ([(0, "cow", "cow"), (1, "cat", "cat"), (2, "dog", ["x"])], [0, 1, 2]),
+    ],
+)
+def test_a_project_is_no_class(tmp_path, rows, expected):
+    tree = coco_tree() | {"softteacher": {"root": "/nowhere"}}
+    tree["categories"] = [{"id": i, "name": name, "supercategory": parent} for i, name, parent in rows]
+    assert [i for i, _ in load_coco(write_json(tmp_path / "a.json", tree)).categories] == expected
+
+
 def test_unlabelled_json_needs_images_only(tmp_path):
     tree = {"images": [{"id": 5, "file_name": "x.png"}], "softteacher": {"root": "/nowhere"}}
     path = write_json(tmp_path / "a.json", tree)
@@ -184,7 +217,9 @@ def test_save_and_load(tmp_path):
     tree = coco_tree(classes=("ä 方 <b>", 'q"\\'))
     tree["annotations"][1] |= {"iscrowd": 1, "segmentation": {"counts": "x", "size": [24, 32]}, "area": 7.25}
     tree["images"][0]["file_name"] = "ü/方.png"
+    tree["images"][1]["new"] = True
     first = dataset(write_coco(tmp_path / "set", tree))
+    assert [i.new for i in first.images] == [False, True] + [False] * 6
     first.save(tmp_path / "out" / "manifest.json")
     again = load_coco(tmp_path / "out" / "manifest.json")
     assert (again.images, again.categories, again.root) == (first.images, first.categories, first.root)

@@ -196,3 +196,15 @@ def test_letterbox(size, canvas, expected):
 def test_letterbox_without_shrinking_is_the_resizing_of_the_evaluation():
     size = inference_size(*NOISE.size, 48, 96)
     np.testing.assert_array_equal(letterbox(NOISE, (64, 96), 48, 96)[0][:48, :48], np.asarray(resize(NOISE, *size)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_letterbox_of_a_reduced_jpeg_scales_from_the_original(mode, tmp_path):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(encoded(NOISE.resize((800, 640)).convert(mode), "JPEG"))
+    whole, small = load_image(path), load_image(path, 64)
+    assert small.size == (100, 80)
+    (canvas, scale), (reduced, reduced_scale) = (letterbox(image, (64, 96), 64, 96) for image in (whole, small))
+    assert scale == reduced_scale == (80 / 800, 64 / 640)
+    assert np.abs(canvas.astype(int) - reduced)[:64, :80].mean() < 6
+    np.testing.assert_array_equal(canvas[:, 80:], reduced[:, 80:])

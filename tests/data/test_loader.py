@@ -91,6 +91,51 @@ def test_an_epoch_shows_every_image_once(tmp_path, monkeypatch):
     assert seen[:8] != seen[8:]
 
 
+def drawn(folder, monkeypatch, share, flags, *, start=0, rank=0, world_size=1, steps=20, per_batch=4):
+    """Indices of the unlabelled images of each step."""
+    import softteacher.data.loader as module
+
+    unlabeled = images_only(str(folder / "images"))
+    for image, new in zip(unlabeled.images, flags, strict=False):
+        image.new = new
+    labeled, seen, read = dataset(folder), [], module.read_image
+    overrides = [
+        f"training.new_share={share}",
+        f"training.iterations={steps}",
+        f"training.unlabeled_per_batch={per_batch}",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(module.distributed, "rank", lambda: rank)
+        patch.setattr(module.distributed, "world_size", lambda: world_size)
+        patch.setattr(module, "read_image", lambda d, i, *r: (d is labeled or seen.append(i), read(d, i, *r))[1])
+        for _ in batches(labeled, unlabeled, settings(*overrides), start):
+            pass
+    return [seen[n : n + per_batch] for n in range(0, len(seen), per_batch)]
+
+
+@pytest.mark.parametrize(("share", "each"), [(0.25, {1}), (0.5, {2}), (0.3, {1, 2}), (0, {0}), (1, {4})])
+def test_the_share_of_new_images(folder, monkeypatch, share, each):
+    flags = [n in (1, 4, 6) for n in range(12)]
+    found = drawn(folder, monkeypatch, share, flags)
+    new = [[i for i in batch if flags[i]] for batch in found]
+    assert {len(batch) for batch in new} == each
+    assert abs(sum(map(len, new)) - share * 80) < 1
+    # of either kind every image once before any twice
+    for of_kind in ([i for batch in new for i in batch], [i for b in found for i in b if not flags[i]]):
+        pool = {i for i in range(12) if flags[i] == flags[of_kind[0]]} if of_kind else set()
+        for start in range(0, len(of_kind) - len(pool), max(1, len(pool))):
+            assert set(of_kind[start : start + len(pool)]) == pool
+    # it goes on anywhere, and many processes share what one would see
+    assert drawn(folder, monkeypatch, share, flags, start=7) == found[7:]
+    parts = [drawn(folder, monkeypatch, share, flags, rank=r, world_size=2, per_batch=2) for r in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == found
+
+
+@pytest.mark.parametrize("flags", [[], [True] * 12])
+def test_a_share_of_one_kind_only(folder, monkeypatch, flags):
+    assert drawn(folder, monkeypatch, 0.5, flags) == drawn(folder, monkeypatch, "none", flags)
+
+
 def test_burn_in_and_no_unlabelled_images(folder):
     assert [b.weak is None for b in load(folder, burn_in=4)] == [True] * 4 + [False] * 2
     assert [b.strong is None for b in load(folder, burn_in=4)] == [True] * 4 + [False] * 2

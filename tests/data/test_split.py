@@ -171,6 +171,7 @@ def test_bad_arguments(data, tmp_path, arguments, message):
         (["instances_train.json", "instances_val.json"], ("instances_train.json", "instances_val.json"), ""),
         (["instances_train17.json", "captions_train17.json", "kp_val17.json"], ("instances_train17.json", None), ""),
         (["train.json", "val.json"], ("train.json", "val.json"), ""),
+        (["i_Train.json", "i_Validation.json"], ("i_Train.json", "i_Validation.json"), ""),
         (["all.json"], ("all.json", None), ""),
         (["instances_val.json"], None, "found instances_val.json"),
         (["a.json", "b.json"], None, "found a.json, b.json"),

@@ -14,7 +14,9 @@ from softteacher.detectors.build import build
 from softteacher.detectors.fcos import FCOS, assign_locations, box_losses, dense_targets, focal_loss, grid
 from softteacher.evaluation.evaluate import evaluate
 from softteacher.model_folder import ModelFolder
-from softteacher.serving.export import ServedDetector, export
+from softteacher.serving import engines
+from softteacher.serving.export import export
+from softteacher.serving.graph import ServedDetector
 from softteacher.serving.onnx_runtime import OnnxDetector
 from softteacher.serving.outputs import OUTPUTS
 from tests.samples import TINY, dataset, noise_views, write_coco
@@ -239,13 +241,14 @@ def folders(opinionated, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_onnx_equals_pytorch(folders, opinionated, batch):
+def test_onnx_equals_pytorch(folders, opinionated, batch, engine):
     detector = OnnxDetector(folders / "onnx" / "model.onnx")
     served = ServedDetector(opinionated, detector.image_size).eval()
     shape = (batch, *detector.image_size, 3)
     canvases = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    ours, theirs = served.run(canvases), detector.run(canvases)
+    ours, theirs = served.run(canvases), engines.load(folders / "onnx" / "model.onnx", engine)(canvases)
     assert (ours["num_detections"] > 5).all()
     for name in OUTPUTS:
         np.testing.assert_allclose(theirs[name], ours[name], atol=1e-3 if name == "detection_boxes" else 1e-5)

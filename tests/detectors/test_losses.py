@@ -59,6 +59,17 @@ def test_sample(positives, negatives, count, share, expected):
     assert len(set(positive.tolist()) | set(negative.tolist())) == sum(expected)
 
 
+def test_rpn_targets_leave_unsure_boxes_alone():
+    """Neither positive nor negative where something may be; where a box is sure it stays positive."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
+    sizes, noise = torch.tensor([[64, 64]]), [torch.Generator()]
+    box, unsure = [anchors[:1]], [anchors[:2] + 1]
+    targets = rpn_targets(anchors, sizes, box, 8, noise, unsure)
+    assert targets.anchors.tolist() == [0, 2]
+    assert targets.objectness.tolist() == [1, 0]
+    assert rpn_targets(anchors, sizes, box, 8, noise, [anchors[:0]]).anchors.tolist() == [0, 1, 2]
+
+
 def test_rpn_targets_leave_the_padding_alone():
     anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 11, 10], [40, 40, 50, 50], [20, 20, 30, 30]])
     targets = rpn_targets(

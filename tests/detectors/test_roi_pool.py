@@ -61,13 +61,28 @@ def test_no_rois():
     assert maps[0].grad.abs().sum() == 0
 
 
-def test_bf16_maps_get_bf16_gradients():
-    maps = [torch.randn(1, 4, SIDE // s, SIDE // s, dtype=torch.bfloat16, requires_grad=True) for s in STRIDES]
-    pooled = roi_pool(maps, STRIDES, torch.tensor([[0.0, 3, 3, 70, 90]]), 0)
-    assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled, torchvisions(maps, torch.tensor([[0.0, 3, 3, 70, 90]]), 0))
-    pooled.sum().backward()
-    assert maps[0].grad.dtype == torch.bfloat16
+def test_bf16_maps_give_bf16_bins_and_gradients():
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 6, SIDE // s, SIDE // s, generator=generator).bfloat16().float() for s in STRIDES]
+    rois = torch.cat([torch.arange(40)[:, None] % 2, boxes("any", generator)], 1)
+    gradient = torch.randn(40, 49 * 6, generator=generator).bfloat16()
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        maps = [m.to(dtype, copy=True).requires_grad_() for m in exact]
+        pooled = roi_pool(maps, STRIDES, rois, 0)
+        pooled.backward(gradient.to(dtype))
+        results.append([pooled.detach(), *(m.grad for m in maps)])
+    for full, half in zip(*results, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, full.bfloat16())
+
+
+@pytest.mark.parametrize("value", [1.0, 1.00390625, 1.01171875, -3.3e38, 0.0, float("inf"), float("nan")])
+def test_bf16_bins_are_rounded_as_torch_rounds(value):
+    maps = [torch.full((1, 1, SIDE // s, SIDE // s), value) for s in STRIDES]
+    rois = torch.tensor([[0.0, 30, 30, 90, 90]])
+    full, half = (roi_pool([m.to(dtype) for m in maps], STRIDES, rois, 1) for dtype in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(half, full.bfloat16(), rtol=0.01, atol=0, equal_nan=True)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():

@@ -8,7 +8,7 @@ from softteacher.data.views import project_boxes
 from softteacher.detectors.boxes import HEAD_STD, RPN_STD, anchors, clip, decode, encode, pyramid_level
 from softteacher.detectors.faster_rcnn import STRIDES, FasterRCNN, RPNOutput
 from softteacher.detectors.losses import RoIs, RPNTargets, assign, classification_loss, regression_loss, rpn_loss
-from softteacher.methods.soft_teacher import jitter, regression_variance
+from softteacher.methods.jitter import jitter, regression_variance
 from softteacher.training.ema import update_teacher
 from tests.helpers import SHARED
 

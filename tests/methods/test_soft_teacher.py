@@ -13,7 +13,7 @@ from softteacher.data.loader import Batch, Views, pad
 from softteacher.data.views import project_boxes, strong_view, weak_view
 from softteacher.detections import Detections
 from softteacher.detectors.build import build
-from softteacher.detectors.losses import RoIs
+from softteacher.detectors.losses import RoIs, classification_loss
 from softteacher.methods import build_method
 from softteacher.methods.base import Unlabeled
 from softteacher.methods.soft_teacher import SoftTeacher
@@ -183,6 +183,64 @@ def test_reliability(kind):
     }[kind]
     assert weights[0] == 1
     torch.testing.assert_close(weights[1:], expected)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_soft_positives(mixed):
+    """A positive learns what the teacher sees there, a negative is background; of two images laid over each other the
+    one counts that has an object there."""
+    soft_teacher = method("method.positives=soft")
+    for p in soft_teacher.teacher.head_logits.parameters():
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    weak = noise_views(2)
+    boxes = [torch.tensor([[4.0, 4, 30, 30], [20, 20, 60, 50]]), torch.tensor([[1.0, 1, 20, 40]])]
+    rois = RoIs(boxes, torch.tensor([1, CLASSES, 2]), torch.cat(boxes), torch.tensor(3.0), torch.tensor([0, -1, 0]))
+    with torch.no_grad():
+        features = soft_teacher.teacher.features(weak.images)
+        part = Unlabeled(weak, weak, torch.eye(3).double().repeat(2, 1, 1), features, weak.noise())
+        mine, other = (
+            soft_teacher.teacher.box_head(f, boxes)[0].softmax(-1) for f in (features, [f.flip(0) for f in features])
+        )
+        targets = soft_teacher.soft_targets(rois, part, mixed)
+    assert targets[1].tolist() == [0, 0, 0, 1]
+    for n in (0, 2):
+        best = other if mixed and other[n, -1] < mine[n, -1] else mine
+        torch.testing.assert_close(targets[n], best[n])
+    logits = torch.randn(3, CLASSES + 1)
+    expected = -(targets * logits.log_softmax(-1)).sum(1)
+    torch.testing.assert_close(classification_loss(logits, rois, torch.ones(3), soft=targets), expected.mean())
+
+
+def test_only_confident_boxes_teach_the_regression(monkeypatch):
+    boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60], [5, 30, 25, 60]])
+    counts = []
+    for confident in (False, True):
+        chosen = method(
+            "method.cls_threshold=0.8", "method.reg_variance_threshold=1000", f"method.reg_confident={confident}"
+        )
+        believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.7, 0.6], [0, 1, 2])
+        counts.append(chosen.losses(batch(), 0)[1]["pseudo_boxes_reg"])
+    assert counts == [3, 1]
+    none = method("method.cls_threshold=0.8", "method.reg_variance_threshold=0", "method.reg_confident=true")
+    believe(none, monkeypatch, [boxes, boxes], [0.95, 0.7, 0.6], [0, 1, 2])
+    assert none.losses(batch(), 0)[1]["pseudo_boxes_reg"] == 0
+
+
+def test_unsure_boxes_are_no_background_to_the_rpn(monkeypatch):
+    """With `rpn_ignore` what teaches the RPN doesn't change, but no anchor on another box of the pool is a negative."""
+    from softteacher.methods import soft_teacher as module
+
+    seen = []
+    real = module.rpn_targets
+    monkeypatch.setattr(module, "rpn_targets", lambda *a: seen.append(a) or real(*a))
+    boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
+    for ignore in ("false", "true"):
+        chosen = method("method.rpn_threshold=0.9", f"method.rpn_ignore={ignore}")
+        believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.6], [0, 1])
+        chosen.losses(batch(), 0)
+    assert [len(b) for call in seen for b in call[2]] == [1, 1, 1, 1]
+    assert seen[0][5] is None
+    assert [len(b) for b in seen[1][5]] == [2, 2]
 
 
 def none_found():

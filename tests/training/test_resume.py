@@ -91,6 +91,23 @@ def test_killed_again_and_again(manifests, tmp_path, whole):
     assert not (tmp_path / "m" / "checkpoints").exists()
 
 
+def test_burn_in_is_shared(manifests, tmp_path, whole, capsys):
+    """Supervised training leaves its burn-in for Soft Teacher, which ends as if it had done all by itself."""
+    chosen = [*CHOSEN, f"method.burn_in_cache={tmp_path}/burn_in"]
+    train(*sources(manifests), str(tmp_path / "s"), load_settings("demo", [*chosen, "method.name=supervised"]))
+    assert "goes on" not in capsys.readouterr().err
+    train(*sources(manifests), str(tmp_path / "m"), load_settings("demo", chosen))
+    assert f"goes on at step 3 of 12, from {tmp_path}/burn_in" in capsys.readouterr().err.replace("\n", "")
+    assert_same(content(tmp_path / "m"), whole)
+
+
+def test_burn_in_of_other_settings_is_refused(manifests, tmp_path):
+    chosen = [*CHOSEN, f"method.burn_in_cache={tmp_path}/burn_in", "method.name=supervised"]
+    train(*sources(manifests), str(tmp_path / "s"), load_settings("demo", chosen))
+    with pytest.raises(UserError, match=r"another run \(training\.lr"):
+        train(*sources(manifests), str(tmp_path / "m"), load_settings("demo", [*chosen, "training.lr=0.5"]))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop(manifests, tmp_path, whole, number):
     """The step under way ends, a checkpoint is written, the exit code says which signal it was."""

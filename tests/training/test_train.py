@@ -304,3 +304,14 @@ def test_a_store_that_is_not_there_is_told_before_the_training(manifests, s3, mo
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match="S3 refused access"):
         run(manifests, f"{s3}/model")
+
+
+def test_what_starts_from_a_detector_that_learnt_from_nothing_has_its_norm(manifests, tmp_path):
+    chosen = ("detector.name=fasterrcnn_resnet18_fpn", "training.iterations=1", "method.name=supervised")
+    for name, parent in (("second", "first"), ("third", "second")):
+        if name == "second":
+            run(manifests, tmp_path / parent, *chosen)
+        run(manifests, tmp_path / name, *chosen, f"detector.init_from={tmp_path / parent}")
+    models = [ModelFolder(tmp_path / name) for name in ("first", "second", "third")]
+    assert [model.settings.detector.norm for model in models] == ["auto", "group", "group"]
+    assert models[2].provenance["parent"]["sha256"] == models[1].provenance["sha256"]["teacher.pt"]

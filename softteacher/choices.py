@@ -1,0 +1,32 @@
+"""What may be chosen on the command line, which knows it before the command: importing this takes no time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["soft_teacher", "mean_teacher", "stac", "supervised"]
+Weights = Literal["teacher", "student"]
+EngineName = Literal["openvino-fp32", "openvino-bf16", "openvino-int8", "onnxruntime-int8"]
+ServedEngine = Literal["onnxruntime-fp32", EngineName]
+Backend = Literal["python", "onnxruntime", "openvino"]
+Runner = Literal["subprocess", "docker"]
+Format = Literal["table", "json", "coco", "csv"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a new model must keep to at the gate.
+
+    Attributes:
+        delta: AP by which it must be better; a negative one tolerates a loss.
+        max_class_drop: AP that a class may fall by. Only a fall counts that is no chance: the class is on at least ten
+            images, and its interval lies under zero. 1: any.
+        max_latency_ratio: its latency over the champion's.
+        require_significant: the interval of the gain must lie over zero.
+    """
+
+    delta: float = 0.0
+    max_class_drop: float = 0.05
+    max_latency_ratio: float = 1.5
+    require_significant: bool = False

@@ -1,0 +1,41 @@
+"""The fingerprint of a data set changes with what `split` makes of it, and with nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from softteacher import storage
+from softteacher.data.fingerprint import fingerprint
+from softteacher.errors import UserError
+
+
+@pytest.fixture(params=["disk", "s3"])
+def data(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    root = str(tmp_path / "data") if request.param == "disk" else f"{request.getfixturevalue('s3')}/data"
+    storage.write_bytes(f"{root}/annotations/instances_train.json", b"{}")
+    storage.write_bytes(f"{root}/images/a.jpg", b"123")
+    return root
+
+
+def test_it_changes_with_the_listing_and_the_labels(data: str):
+    seen = {fingerprint(data)}
+    assert seen == {fingerprint(data + "/")}
+    for name, content in (
+        ("annotations/instances_train.json", b"[]"),  # as long as before
+        ("images/b.jpg", b"123"),
+        ("images/a.jpg", b"1234"),
+        ("annotations/instances_val.json", b"{}"),
+    ):
+        storage.write_bytes(f"{data}/{name}", content)
+        seen.add(fingerprint(data))
+    assert len(seen) == 5
+    assert fingerprint(f"{data}/annotations/instances_train.json") not in seen
+    assert fingerprint(data, f"{data}/images") not in seen
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.json"])
+def test_there_is_nothing(data: str, name: str):
+    with pytest.raises(UserError, match="nothing"):
+        fingerprint(f"{data}/{name}")
+    with pytest.raises(UserError, match="nothing"):
+        fingerprint(data, f"{data}/{name}")

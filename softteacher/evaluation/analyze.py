@@ -10,13 +10,14 @@ import torch
 from torchvision.ops import box_area, box_iou
 
 from softteacher import storage
+from softteacher.choices import Weights
 from softteacher.config import MethodSettings
 from softteacher.data.coco import CocoDataset
 from softteacher.evaluation.evaluate import load_detector, load_labelled, say_score, write_evaluation
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
 from softteacher.evaluation.observe import Observed, Observer
 from softteacher.evaluation.plots import iou_scatter, threshold_curve
-from softteacher.model_folder import WEIGHTS, ModelFolder, Weights
+from softteacher.model_folder import WEIGHTS, ModelFolder
 
 ENOUGH = 30  # boxes above the pool's threshold, for the IoU figures; of fewer nothing can be seen
 BINS = 8

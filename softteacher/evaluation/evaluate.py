@@ -10,29 +10,44 @@ from typing import Any
 import torch
 
 from softteacher import storage
+from softteacher.choices import Weights
 from softteacher.console import say
 from softteacher.data.coco import CocoDataset, load_coco
 from softteacher.data.masks import require_masks
+from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
 from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
-from softteacher.evaluation.inference import Scored, score
+from softteacher.evaluation.confusion import confusion
+from softteacher.evaluation.inference import Scored, detect_dataset, score_found
+from softteacher.evaluation.partial import load_found, save_found
 from softteacher.evaluation.report import Section, write_report
-from softteacher.model_folder import WEIGHTS, ModelFolder, Weights
+from softteacher.evaluation.shard import Shard
+from softteacher.model_folder import WEIGHTS, ModelFolder
 
 
-def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None) -> dict[str, Any]:
-    """Score teacher and student on a data set.
+def evaluate(
+    model: str,
+    data: str,
+    out: str,
+    *,
+    weights: Weights | None = None,
+    shard: Shard | None = None,
+    parts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Score teacher and student on a data set, at once or in shards: the numbers are the same.
 
     Args:
         model: model folder, local or `s3://`.
         data: manifest or COCO json with boxes.
         out: folder for `metrics.json`, `detections.json` (COCO results format) and `report.html`.
         weights: score only these; otherwise both, and detections and report are the teacher's.
+        shard: only look at this share of the images, and write what is found there.
+        parts: what all the shards wrote; nothing is looked at then.
 
     Returns:
         What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, of masks under
-        `segm`, and the same under `teacher` and `student`.
+        `segm`, their `confusion`, and the COCO numbers again under `teacher` and `student`. Of a shard: `images`.
 
     Raises:
         UserError: bad input; nothing is written then.
@@ -40,10 +55,21 @@ def evaluate(model: str, data: str, out: str, *, weights: Weights | None = None)
     with storage.local_input(model) as path:
         source = ModelFolder(path, model)
         dataset = load_labelled(source, data)
-        scored: dict[Weights, Scored] = {}
+        found: dict[Weights, dict[int, Detections]] = {}
         for name in [weights] if weights else WEIGHTS:
-            detector, device = load_detector(source, name)
-            scored[name] = score(detector, dataset, source.settings, device)
+            if parts:
+                found[name] = load_found(parts, name, source, dataset)
+            else:
+                detector, device = load_detector(source, name)
+                found[name] = detect_dataset(detector, dataset, source.settings, device, shard=shard)
+        if shard:
+            with storage.output_folder(out) as folder:
+                for name in found:
+                    save_found(folder, name, found[name], shard, source, dataset)
+            return {"images": len(found[weights or "teacher"])}
+        scored: dict[Weights, Scored] = {}
+        for name in found:
+            scored[name] = score_found(dataset, found[name], source.settings)
             say_score(name, scored[name][0])
         with storage.output_folder(out) as folder:
             return write_evaluation(folder, source, scored, weights or "teacher")
@@ -102,7 +128,8 @@ def write_evaluation(
         sections: further ones of the report.
     """
     numbers, results, readable = scored[shown]
-    metrics = numbers | {"weights": shown} | {name: found[0] for name, found in scored.items()}
+    metrics = numbers | {"weights": shown, "confusion": confusion(readable, results)}
+    metrics |= {name: found[0] for name, found in scored.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (folder / "detections.json").write_text(json.dumps(results))
     page = write_report(readable, results, metrics, source.provenance, sections)

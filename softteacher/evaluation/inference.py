@@ -19,6 +19,7 @@ from softteacher.data.loader import pad
 from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
 from softteacher.evaluation.metrics import coco_metrics, coco_results
+from softteacher.evaluation.shard import Shard
 from softteacher.storage import MissingFile
 
 # COCO metrics, detections in COCO results format, and the data set without broken images
@@ -27,13 +28,19 @@ Scored = tuple[dict[str, Any], list[dict[str, Any]], CocoDataset]
 
 @torch.inference_mode()
 def detect_dataset(
-    detector: nn.Module, dataset: CocoDataset, settings: Settings, device: torch.device, title: str = "evaluate"
+    detector: nn.Module,
+    dataset: CocoDataset,
+    settings: Settings,
+    device: torch.device,
+    title: str = "evaluate",
+    shard: Shard | None = None,
 ) -> dict[int, Detections]:
     """Detections (numpy, pixels of the original image) by image id; broken images are counted and left out.
 
     The detector is a `Detector`, or another module that is called like one, e.g. an `Observer`.
 
-    Of many processes each takes a share of the batches, and gets all detections.
+    Of many processes each takes a share of the batches, and gets all detections. With a shard there are only those of
+    its share of the batches, which are the same that they are without.
 
     Raises:
         UserError: more images are broken than `data.max_bad_images` allows.
@@ -55,12 +62,12 @@ def detect_dataset(
     order = sorted(range(len(dataset)), key=lambda i: dataset.images[i].height / max(dataset.images[i].width, 1))
     size = settings.training.evaluate_batch
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    chunks = chunks[distributed.rank() :: distributed.world_size()]
+    chunks = (shard.share(chunks) if shard else chunks)[distributed.rank() :: distributed.world_size()]
     found: dict[int, Detections] = {}
     broken: list[str] = []
     with Bar(title, sum(map(len, chunks))) as bar, ThreadPoolExecutor(max(1, settings.data.workers)) as pool:
         ahead = [[pool.submit(load, i) for i in chunk] for chunk in chunks[:1]]
-        for chunk, after in zip(chunks, [*chunks[1:], []], strict=True):
+        for chunk, after in zip(chunks, [*chunks[1:], []][: len(chunks)], strict=True):
             loaded = [future.result() for future in ahead.pop()]
             ahead.append([pool.submit(load, i) for i in after])  # read while the detector works
             broken += [x for x in loaded if isinstance(x, str)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
@@ -14,6 +14,7 @@ from softteacher.data.coco import CocoDataset
 from softteacher.data.records import without_gc
 from softteacher.detections import Detections, paste_masks
 
+Kind = Literal["bbox", "segm"]
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -55,17 +56,42 @@ def coco_metrics(dataset: CocoDataset, results: list[dict[str, Any]], masks: boo
         (none without ground truth), `curve`: 101 precisions at recalls 0 to 1 for IoU .5 and .75, mean over classes.
         `segm`: the same of the masks; small, medium and large is the mask's own area, as if the results had no box.
     """
+    metrics = _numbers(dataset, results, "bbox")
+    if masks:
+        metrics["segm"] = _numbers(dataset, results, "segm")
+    return metrics
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The plain numbers of a score, without the table of classes, the curve and the masks' own score."""
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+
+
+def evaluator(
+    dataset: CocoDataset, results: list[dict[str, Any]], kind: Kind, *, separate: bool = False
+) -> COCOeval_faster:
+    """faster-coco-eval over a data set and results, which has not run yet.
+
+    Args:
+        dataset: ground truth.
+        results: COCO results format.
+        kind: boxes (`bbox`) or masks (`segm`).
+        separate: matching and counting are two steps.
+    """
     truth = dataset.to_json()
     for n, row in enumerate(truth["annotations"], start=1):
         # the library takes negative ids for something else; id 0 counts as never found, as pycocotools has it
         row["id"] = row["id"] and n
-    rows = [{**r, "id": n, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for n, r in enumerate(results, start=1)]
-    metrics = _numbers(dataset, truth, rows, "bbox")
-    if masks:
-        areas = coco_mask.area([r["segmentation"] for r in rows]) if rows else []
-        rows = [r | {"area": float(area)} for r, area in zip(rows, areas, strict=True)]
-        metrics["segm"] = _numbers(dataset, truth, rows, "segm")
-    return metrics
+    if kind == "bbox":
+        areas = [r["bbox"][2] * r["bbox"][3] for r in results]
+    else:
+        areas = [float(a) for a in coco_mask.area([r["segmentation"] for r in results])] if results else []
+    rows = [
+        {**r, "id": n, "area": area, "iscrowd": 0}
+        for n, (r, area) in enumerate(zip(results, areas, strict=True), start=1)
+    ]
+    with warnings.catch_warnings(action="ignore"):  # of id 0
+        return COCOeval_faster(COCO(truth), COCO(truth | {"annotations": rows}), kind, separate_eval=separate)
 
 
 def run_lengths(d: Detections, height: int, width: int) -> Iterator[dict[str, Any]]:
@@ -84,10 +110,8 @@ def run_lengths(d: Detections, height: int, width: int) -> Iterator[dict[str, An
             yield {"segmentation": {"size": [height, width], "counts": encoded["counts"].decode()}}
 
 
-def _numbers(dataset: CocoDataset, truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """The numbers of boxes (`bbox`) or masks (`segm`)."""
-    with warnings.catch_warnings(action="ignore"):  # of id 0
-        ev = COCOeval_faster(COCO(truth), COCO(truth | {"annotations": rows}), kind)
+def _numbers(dataset: CocoDataset, results: list[dict[str, Any]], kind: Kind) -> dict[str, Any]:
+    ev = evaluator(dataset, results, kind)
     ev.run()
     precision = ev.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], all areas, 100 detections
     present = (precision > -1).all((0, 1))

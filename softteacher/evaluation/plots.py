@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,30 @@ def iou_scatter(
     return _png(figure)
 
 
+def overlaid_bars(names: list[str], reference: np.ndarray, live: np.ndarray, axis: str) -> bytes:
+    """Two histograms over one another: the reference as wide pale bars, live traffic as slim ones in front.
+
+    Args:
+        names: of the bins.
+        reference: [B] shares.
+        live: [B] shares.
+        axis: what the bins are of.
+    """
+    figure, axes = _figure()
+    at = np.arange(len(names))
+    axes.bar(at, 100 * reference, width=0.9, color=COLORS["precision"], alpha=0.35, label="reference")
+    axes.bar(at, 100 * live, width=0.45, color=COLORS["recall"], label="live")
+    short = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
+    upright = sum(map(len, short)) > 40
+    axes.set_axisbelow(True)
+    # names are the user's: a dollar sign in them is no formula
+    axes.set_xticks(at, [s.replace("$", r"\$") for s in short], rotation=60 if upright else 0,
+                    ha="right" if upright else "center", rotation_mode="anchor")  # fmt: skip
+    axes.set(xlabel=axis, ylabel="share, %")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12, frameon=False)
+    return _png(figure)
+
+
 def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.6, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -96,5 +121,7 @@ def _figure() -> tuple[Figure, Axes]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a class name; the text beside the figure has it
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()

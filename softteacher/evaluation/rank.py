@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from softteacher.evaluation.evaluate import load_detector
 from softteacher.evaluation.inference import detect_dataset
 from softteacher.evaluation.metrics import run_lengths
 from softteacher.evaluation.observe import Observed, Observer
+from softteacher.evaluation.partial import load_found, save_found
+from softteacher.evaluation.shard import Shard
 from softteacher.model_folder import ModelFolder
 
 LOWEST_SCORE = 0.05  # boxes below are junk
@@ -33,8 +36,17 @@ ON_SHEET = 100  # images; a JPEG has at most 65,535 rows
 TERMS = ("variance", "entropy", "shortage")
 
 
-def rank(model: str, unlabeled: str, out: str, *, top: int = 100, labeled: str | None = None) -> list[dict[str, Any]]:
-    """Rank unlabelled images by what their labels would teach.
+def rank(
+    model: str,
+    unlabeled: str,
+    out: str,
+    *,
+    top: int = 100,
+    labeled: str | None = None,
+    shard: Shard | None = None,
+    parts: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Rank unlabelled images by what their labels would teach, at once or in shards: the list is the same.
 
     Three terms, each turned into the image's rank among all (0 to 1); the score is their mean:
 
@@ -52,9 +64,12 @@ def rank(model: str, unlabeled: str, out: str, *, top: int = 100, labeled: str |
         top: number of images.
         labeled: the labelled part, for the labels of each class; none: what the model was trained on if it is still
             there, else its validation set.
+        shard: only look at this share of the images, and write what is found there.
+        parts: what all the shards wrote; nothing is looked at then.
 
     Returns:
-        The first `top`: `rank`, `file_name`, `uri`, `score`, the terms, `variance_max`, `classes`, `reason`.
+        The first `top`: `rank`, `file_name`, `uri`, `score`, the terms, `variance_max`, `classes`, `reason`. Of a shard
+        nothing.
 
     Raises:
         UserError: bad input; nothing is written then.
@@ -67,9 +82,16 @@ def rank(model: str, unlabeled: str, out: str, *, top: int = 100, labeled: str |
         if not len(dataset):
             raise UserError(f"{unlabeled}: no images in it; give the images that might be labelled")
         counts, origin = _label_counts(source, labeled)
-        detector, device = load_detector(source, "teacher")
-        observer = Observer(detector, source.settings, source.classes)
-        found = detect_dataset(observer, dataset, source.settings, device, "rank")
+        if parts:
+            found = load_found(parts, "observed", source, dataset)
+        else:
+            detector, device = load_detector(source, "teacher")
+            observer = Observer(detector, source.settings, source.classes)
+            found = detect_dataset(observer, dataset, source.settings, device, "rank", shard)
+        if shard:
+            with storage.output_folder(out) as folder:
+                save_found(folder, "observed", found, shard, source, dataset)
+            return []
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     seen = [d for image in dataset.images if isinstance(d := found[image.id], Observed)]
     measured = [measure(d, 1 / np.sqrt(counts + 1)) for d in seen]

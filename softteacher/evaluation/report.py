@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import collections
-import io
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import numpy as np
-import torch
 from faster_coco_eval.core import mask as coco_mask
-from PIL import Image
-from torchvision.ops import box_iou
 
-from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
 from softteacher.detections import Detections
-from softteacher.evaluation.draw import draw
+from softteacher.evaluation.examples import SHOWN_SCORE, example, image_f1
 from softteacher.evaluation.metrics import KEYS
+from softteacher.evaluation.page import inline, render
 from softteacher.evaluation.plots import recall_curve
 
-SHOWN_SCORE = 0.3
 GALLERY = 6
 MEANINGS = {
     "AP": "mean over IoU .50 to .95",
@@ -60,21 +52,19 @@ def write_report(
         sections: further figures, each with title and text.
     """
     found = _by_image(dataset, results)
-    order = sorted(range(len(dataset)), key=lambda i: _image_f1(dataset, i, found))
+    order = sorted(range(len(dataset)), key=lambda i: image_f1(dataset, i, found[dataset.images[i].id]))
     scored = [i for i in order if len(dataset.targets(i)[0])]
     counts = dataset.class_counts()
     columns = [name for name in ("teacher", "student") if name in metrics]
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("softteacher.evaluation").joinpath("report.html").read_text("utf-8")
-    )
-    return template.render(
+    return render(
+        "evaluation/report.html",
         metrics=metrics,
         keys=KEYS,
         meanings=MEANINGS,
         columns=columns,
         verdict=verdict(metrics, len(dataset)),
-        sections=[(title, text, _inline_png(png)) for title, text, png in sections],
-        curve=_inline_png(recall_curve(metrics["curve"])),
+        sections=[(title, text, inline(png)) for title, text, png in sections],
+        curve=inline(recall_curve(metrics["curve"])),
         tables=[
             (title, [metrics[name][key] if key else metrics[name] for name in columns])
             for title, key in (("COCO numbers", None), ("COCO numbers of the masks", "segm"))
@@ -124,35 +114,10 @@ def _by_image(dataset: CocoDataset, results: list[dict[str, Any]]) -> dict[int, 
     return found
 
 
-def _image_f1(dataset: CocoDataset, index: int, found: dict[int, Detections]) -> float:
-    """How good the shown boxes of an image are: F1 at IoU .5, finer by mean IoU; only for choosing examples."""
-    d = found[dataset.images[index].id]
-    boxes, labels = dataset.targets(index)
-    if not len(d) or not len(boxes):
-        return 0.0 if len(d) or len(boxes) else 1.0
-    iou = box_iou(torch.from_numpy(boxes).float(), torch.from_numpy(d.boxes)).numpy()
-    best = np.where(labels[:, None] == d.labels, iou, 0).max(1)
-    return 2 * float(best[best > 0.5].sum()) / (len(boxes) + len(d))
-
-
 def _card(
     dataset: CocoDataset, index: int, found: dict[int, Detections], results: list[dict[str, Any]]
 ) -> tuple[str, str]:
     record = dataset.images[index]
-    boxes, labels = dataset.targets(index)
-    truth = Detections(boxes, np.ones(len(boxes)), labels)
     shown = [r for r in results if r["image_id"] == record.id and r["score"] > SHOWN_SCORE]
     masks = [coco_mask.decode(r["segmentation"]) > 0 for r in shown if "segmentation" in r]
-    picture = draw(read_image(dataset, index)[0], found[record.id], dataset.classes, truth, masks)
-    picture.thumbnail((640, 640))
-    return _inline(picture), f"{record.file_name} (id {record.id})"
-
-
-def _inline(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _inline_png(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return example(dataset, index, found[record.id], masks), f"{record.file_name} (id {record.id})"

@@ -7,8 +7,11 @@ import pytest
 from softteacher.evaluation.analyze import analyze
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.evaluation.report import write_report
+from softteacher.watching.drift import compare
+from softteacher.watching.report import write_report as write_watch_report
 from tests.evaluation.test_metrics import perfect
 from tests.samples import coco_tree, dataset, write_coco
+from tests.watching.test_drift import profile
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 ARGUMENTS = (
@@ -39,7 +42,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def reports(trained, manifests, tmp_path_factory):
-    """What `analyze` writes, and a report of endless names."""
+    """What `analyze` writes, a report of endless names, and one of `watch`."""
     folder = tmp_path_factory.mktemp("reports")
     analyze(str(trained), str(manifests / "validation.json"), str(folder / "analysis"))
     endless = "endless" * 40
@@ -51,12 +54,18 @@ def reports(trained, manifests, tmp_path_factory):
     numbers = numbers | {"segm": numbers}  # the longest page: a table of masks, too
     metrics = numbers | {"weights": "teacher", "teacher": numbers, "student": numbers}
     (folder / "endless.html").write_text(write_report(data, results, metrics, {}))
-    return {"analysis": folder / "analysis" / "report.html", "endless names": folder / "endless.html"}
+    base, live = profile(300, name=endless, version="1"), profile(300, name=endless, version="1", side=9, score=0.6)
+    base.classes = live.classes = (endless, "dog", "方")
+    facts = compare(base, live, 0.25, 200)
+    facts |= {"name": endless, "version": "1", "verdict": "V.", "live": endless, "reference": endless}
+    (folder / "watch.html").write_text(write_watch_report(base, live, facts | {"threshold": 0.25, "min_images": 200}))
+    pages = {"analysis": "analysis/report.html", "endless names": "endless.html", "watch": "watch.html"}
+    return {name: folder / file for name, file in pages.items()}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(400, 800), (1400, 900)])
-@pytest.mark.parametrize(("report", "pictures"), [("analysis", 4 + 12), ("endless names", 1 + 6)])
+@pytest.mark.parametrize(("report", "pictures"), [("analysis", 4 + 12), ("endless names", 1 + 6), ("watch", 4)])
 def test_the_page(browser, reports, report, pictures, size, scheme):
     page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     wrong, requests = [], []
@@ -73,7 +82,7 @@ def test_the_page(browser, reports, report, pictures, size, scheme):
     assert width <= inside
     assert page.evaluate(OUTSIDE) == []
     sizes = page.evaluate(FONT_SIZES)
-    assert len(sizes) > 50
+    assert len(sizes) > 40
     assert min(sizes) >= 14
     assert wrong == []
     assert [url for url in requests if not url.startswith("data:")] == [reports[report].as_uri()]

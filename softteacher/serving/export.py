@@ -2,69 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import tempfile
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torchvision.ops import box_iou
 
 from softteacher import storage
+from softteacher.choices import Weights
 from softteacher.console import say
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
-from softteacher.data.images import PAD, inference_size
+from softteacher.data.images import inference_size
 from softteacher.data.loader import STRIDE
-from softteacher.detections import Detections
-from softteacher.detectors.base import Detector
-from softteacher.detectors.mask_rcnn import MaskRCNN
+from softteacher.detections import Detections, pairwise_iou
 from softteacher.errors import UserError
-from softteacher.model_folder import ModelFolder, Weights, sha256
-from softteacher.serving.onnx_runtime import OnnxDetector, evaluate_onnx, score_canvases
-from softteacher.serving.outputs import MASKS, OUTPUTS, to_detections
+from softteacher.evaluation.metrics import coco_metrics, coco_results
+from softteacher.model_folder import ModelFolder, sha256
+from softteacher.serving.graph import OPSET, ServedDetector, write_onnx
+from softteacher.serving.onnx_runtime import OnnxDetector, detect_canvases, score_canvases
+from softteacher.serving.outputs import MASKS, to_detections
+from softteacher.serving.variants import measure_engines
+from softteacher.watching.profile import reference_profile
 
-OPSET = 20
-MAX_BATCH = 64
 SMOKE_IMAGES = 4
 SCORE = 0.05  # detections under it are not compared
 MIN_MATCHED = 0.95
-
-
-class ServedDetector(nn.Module):
-    """The graph that is exported: uint8 NHWC canvases in, padded detections out.
-
-    Outputs, as the field names them: `num_detections` [B, 1] int32, `detection_boxes` [B, K, 4] float32 (xyxy, canvas
-    pixels), `detection_scores` [B, K] float32, `detection_classes` [B, K] int32 (index into the class list); of Mask
-    R-CNN `detection_masks` [B, K, 28, 28] float32, too (probabilities in the frame of the box).
-    """
-
-    def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.detector, self.size = detector, size
-        self.outputs = (*OUTPUTS, MASKS) if isinstance(detector, MaskRCNN) else OUTPUTS
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """[B, H, W, 3] uint8 to the outputs."""
-        sizes = torch.tensor([self.size], device=images.device).expand(images.shape[0], 2)
-        features = self.detector.features(images.permute(0, 3, 1, 2))
-        boxes, scores, labels = self.detector.detect(features, sizes)
-        count = (scores > 0).sum(1, keepdim=True).to(torch.int32)
-        found = count, boxes, scores, labels.to(torch.int32)
-        if not isinstance(self.detector, MaskRCNN):
-            return found
-        masks = self.detector.mask_head(features, boxes, labels.flatten()).sigmoid()
-        return *found, masks.unflatten(0, (-1, boxes.shape[1]))
-
-    @torch.inference_mode()
-    def run(self, canvases: np.ndarray) -> dict[str, np.ndarray]:
-        """The same from and to numpy, by output name."""
-        return {k: v.numpy() for k, v in zip(self.outputs, self(torch.from_numpy(canvases)), strict=True)}
 
 
 def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, Any]:
@@ -73,7 +35,8 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
     Args:
         model: model folder, local or `s3://`.
         out: onnx folder: `model.onnx`, `parity.json`, `smoke.npz` (images with ONNX Runtime's answers, for the smoke
-            test of a deployment), `provenance.json`, `validation.json`.
+            test of a deployment), `profile.json` (its answers to the validation set, for `watch`),
+            `provenance.json`, `validation.json`; `model.int8.onnx` where `export.engines` asks for int8.
         weights: whose weights.
 
     Returns:
@@ -86,7 +49,8 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
     with storage.local_input(model) as path, storage.output_folder(out) as folder:
         source = ModelFolder(path, model)
         validation = source.validation()
-        size = source.settings.export.image_size or canvas_size(source, validation)
+        settings = source.settings.export
+        size = settings.image_size or canvas_size(source, validation)
         served = ServedDetector(source.detector(weights), size).eval()
         say(f"export: {weights} of {model}, {size[1]} x {size[0]} pixels, opset {OPSET}")
         file = folder / "model.onnx"
@@ -101,17 +65,20 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
                     f"{model}: at batch {batch} the ONNX file finds {found['matched']} of PyTorch's {found['boxes']} "
                     "boxes; not exported. Other versions of torch and onnxruntime may help"
                 )
+        answers = detect_canvases(detector.run, detector, validation, "onnxruntime")
+        reference_profile(validation, answers).write(str(folder / "profile.json"))
         parity["ap"] = {
-            "onnxruntime": evaluate_onnx(file, validation)["AP"],
+            "onnxruntime": coco_metrics(validation, coco_results(validation, answers))["AP"],
             "pytorch": score_canvases(served.run, detector, validation, "pytorch")["AP"],
         }
         parity["validation_fingerprint"] = validation.fingerprint()
         loss = parity["ap"]["pytorch"] - parity["ap"]["onnxruntime"]
-        if loss > source.settings.export.max_ap_loss:
+        if loss > settings.max_ap_loss:
             raise UserError(
-                f"{model}: the ONNX file loses {loss:.4f} AP, {source.settings.export.max_ap_loss} allowed "
+                f"{model}: the ONNX file loses {loss:.4f} AP, {settings.max_ap_loss} allowed "
                 "(export.max_ap_loss); not exported"
             )
+        parity["engines"] = measure_engines(folder, served.run, detector, validation, samples, settings, parity["ap"])
         smoke = samples[np.arange(SMOKE_IMAGES) % len(samples)]
         np.savez_compressed(folder / "smoke.npz", allow_pickle=False, images=smoke, **detector.run(smoke))
         (folder / "parity.json").write_text(json.dumps(parity, indent=1))
@@ -127,33 +94,6 @@ def canvas_size(source: ModelFolder, validation: CocoDataset) -> tuple[int, int]
     sizes = [inference_size(i.width, i.height, data.short_side, data.max_long_side) for i in validation.images]
     width, height = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes, strict=True))
     return height, width
-
-
-def write_onnx(served: ServedDetector, source: ModelFolder, size: tuple[int, int], file: Path) -> None:
-    """Write and check the ONNX file; the batch dimension is dynamic, classes and preprocessing are its metadata."""
-    import onnx
-
-    example = torch.full((2, *size, 3), PAD[0], dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    with _quiet():
-        program = torch.onnx.export(
-            served, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
-            output_names=list(served.outputs), dynamic_shapes={"images": {0: batch}}, verbose=False,
-        )  # fmt: skip
-    assert program is not None
-    with tempfile.TemporaryDirectory() as scratch:
-        program.save(f"{scratch}/raw.onnx", external_data=False)
-        graph = onnx.load(f"{scratch}/raw.onnx")
-    data = source.settings.data
-    how = {"image_size": size, "short_side": data.short_side, "long_side": data.max_long_side, "pad": PAD}
-    facts = {
-        "classes": json.dumps([{"id": i, "name": n} for i, n in source.categories]),
-        "preprocessing": json.dumps(how),
-        "max_detections": str(source.settings.detector.max_detections),
-    }
-    onnx.helper.set_model_props(graph, facts)
-    onnx.checker.check_model(graph, full_check=True)
-    onnx.save(graph, str(file))
 
 
 def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray, batch: int) -> dict[str, Any]:
@@ -181,7 +121,7 @@ def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray,
                 same: Detections = b[b.labels == label]
                 if not len(same):
                     continue
-                iou = box_iou(torch.from_numpy(box[None]), torch.from_numpy(same.boxes))[0]
+                iou = pairwise_iou(a[[k]], same)[0]
                 best = int(iou.argmax())
                 if iou[best] > 0.5:
                     matched += 1
@@ -201,15 +141,3 @@ def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray,
 
 def _spread(validation: CocoDataset, count: int = 16) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, len(validation) - 1, count)})
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """The exporter prints pages of progress and of warnings about itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)

@@ -1,11 +1,81 @@
-"""The gate: is a new model better than the champion?"""
+"""The gate: is a new model better than the champion, is no class worse, is it fast enough?"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
 
 from softteacher import storage
-from softteacher.serving.repository import read_champion, read_onnx_folder
+from softteacher.choices import Bounds
+from softteacher.console import say, track
+from softteacher.data.check import read_image
+from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.detections import Detections
+from softteacher.errors import UserError
+from softteacher.evaluation.bootstrap import MIN_IMAGES, RESAMPLES, SEED, Difference, compare
+from softteacher.evaluation.metrics import Kind, coco_results
+from softteacher.serving.gate_report import write_report
+from softteacher.serving.onnx_runtime import OnnxDetector
+from softteacher.serving.outputs import to_detections
+from softteacher.serving.repository import Champion, OnnxFolder, Runtime, read_champion, read_onnx_folder
+from softteacher.serving.version_folder import open_version
+
+MIN_TIMED = 30  # runs of each model that a latency is the median of
+NAMED = 3  # classes in the reason
+
+
+@dataclass(frozen=True)
+class ClassChange(Difference):
+    """A class: its APs (`other` is the champion's) and the interval of the change.
+
+    Attributes:
+        name: of the class.
+        images: that it is on.
+        fallen: whether it fell by more than the bound.
+    """
+
+    name: str = ""
+    images: int = 0
+    fallen: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both models on the same validation images.
+
+    Attributes:
+        version: of the champion.
+        kind: AP of boxes (`bbox`) or, where both models answer masks, of masks (`segm`).
+        gain: the APs over the classes that both know (`other` is the champion's), and the 95 % interval of the gain.
+        classes: each of these classes.
+        lost: what only the champion answers: names of classes, `masks of objects`.
+        new: names of the classes that only the new model knows.
+        latency_ms: the new model's median at batch 1 on ONNX Runtime.
+        champion_latency_ms: the champion's, timed in turn.
+        images: of the validation set.
+        resamples: of the bootstrap.
+        seed: of its draw.
+        bounds: that were asked for.
+    """
+
+    version: int
+    kind: Kind
+    gain: Difference
+    classes: list[ClassChange]
+    lost: list[str]
+    new: list[str]
+    latency_ms: float
+    champion_latency_ms: float
+    images: int
+    resamples: int
+    seed: int
+    bounds: Bounds
 
 
 @dataclass(frozen=True)
@@ -17,41 +87,197 @@ class Decision:
         reason: one line.
         ap: the new model's AP on its validation set.
         champion_ap: the champion's AP on the same set; none if there is no champion.
+        rejections: what speaks against it, each in words; none if `deploy`.
+        comparison: the numbers; none if there is no champion.
     """
 
     deploy: bool
     reason: str
     ap: float
     champion_ap: float | None
+    rejections: tuple[str, ...] = ()
+    comparison: Comparison | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """`ap`; if there is a champion `champion_ap`, `gain`, `gain_low` and `gain_high`, and `latency_ratio`."""
+        numbers: dict[str, float | None] = {"ap": self.ap, "champion_ap": self.champion_ap}
+        if c := self.comparison:
+            numbers |= {"gain": c.gain.change, "gain_low": c.gain.low, "gain_high": c.gain.high}
+            numbers["latency_ratio"] = c.latency_ms / c.champion_latency_ms
+        return {key: value for key, value in numbers.items() if value is not None}
 
 
-def gate(onnx: str, repository: str, name: str, *, delta: float = 0.0) -> Decision:
-    """Decide whether a model goes live: its AP must be strictly greater than the champion's plus `delta`.
+@dataclass(frozen=True)
+class _Answers:
+    """Of both models: detections by image id, in labels of the validation set, and milliseconds of each run."""
 
-    Both are ONNX Runtime's APs on the same validation set. Where the champion's was measured on another, its own ONNX
-    file is fetched and scored on the new one. Without a champion the model goes live.
+    found: tuple[dict[int, Detections], dict[int, Detections]]
+    milliseconds: tuple[list[float], list[float]]
+
+
+def gate(
+    onnx: str,
+    repository: str,
+    name: str,
+    *,
+    bounds: Bounds = Bounds(),  # noqa: B008  it is frozen
+    out: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Decision:
+    """Decide whether a model goes live: better than the champion by delta, no class much worse, not much slower.
+
+    Both ONNX files answer the new model's validation set on ONNX Runtime, image by image and in turn. Without a
+    champion the model goes live. Classes that only one of the two knows are left out of the AP; one that the new model
+    no longer knows speaks against it.
 
     Args:
         onnx: onnx folder of the new model, local or `s3://`.
         repository: Triton model repository, local or `s3://`.
         name: of the model in it.
-        delta: what the new model has to be better by; a negative one tolerates a loss.
+        bounds: what the new model must keep to.
+        out: folder for `gate.json` and `report.html`, local or `s3://`; none: no report.
+        resamples: of the bootstrap over validation images.
+        seed: of its draw.
 
     Raises:
-        UserError: the onnx folder is torn, or the repository can't be read.
+        UserError: the onnx folder or the champion is torn, the two have no class in common that the validation set
+            has boxes of, or the repository can't be read.
     """
-    with storage.local_input(onnx) as folder:
-        model = read_onnx_folder(folder)
-        champion = read_champion(repository, name)
+    with ExitStack() as stack:
+        folder = stack.enter_context(storage.local_input(onnx))
+        model, champion = read_onnx_folder(folder), read_champion(repository, name)
+        report = Path(stack.enter_context(storage.output_folder(out))) if out else None
         if champion is None:
-            return Decision(True, f"{name} has no champion yet", model.ap, None)
-        champion_ap = champion.ap
-        if champion.validation_fingerprint != model.validation_fingerprint:
-            from softteacher.serving.onnx_runtime import evaluate_onnx
+            decision = Decision(True, f"{name} has no champion yet", model.ap, None)
+            page = write_report(decision, name)
+        else:
+            version = storage.join(repository, name, str(champion.version))
+            try:
+                old = stack.enter_context(open_version(version))[1] / "model.onnx"
+            except UserError as e:
+                raise UserError(
+                    f"{e}; there is nothing to compare with. `softteacher rollback` to a version that is whole, or "
+                    "`softteacher deploy` this one without the gate"
+                ) from None
+            decision, dataset, answers = _decide(model, champion, old, bounds, resamples, seed)
+            page = write_report(decision, name, dataset, answers.found) if report else ""
+        if report:
+            (report / "gate.json").write_text(json.dumps(asdict(decision), indent=1))
+            (report / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    say(f"gate: {name}: {'goes live' if decision.deploy else 'the champion stays'}: {decision.reason}")
+    return decision
 
-            with storage.local_input(storage.join(repository, name, str(champion.version), "model.onnx")) as file:
-                champion_ap = evaluate_onnx(str(file), str(folder / "validation.json"))["AP"]
-    better = model.ap > champion_ap + delta
-    sign = ">" if better else "is not >"
-    reason = f"AP {model.ap:.4f} {sign} {champion_ap:.4f} of version {champion.version} + {delta:g}"
-    return Decision(better, reason, model.ap, champion_ap)
+
+def _decide(
+    model: OnnxFolder, champion: Champion, old: Path, bounds: Bounds, resamples: int, seed: int
+) -> tuple[Decision, CocoDataset, _Answers]:
+    # a champion in int8 is an int8 file; the new model's is its like
+    like = model.path / Runtime(engine=champion.engine).onnx_file
+    ours, theirs = OnnxDetector(like if like.exists() else model.path / "model.onnx"), OnnxDetector(old)
+    dataset = load_coco(str(model.path / "validation.json"))
+    if ours.categories != dataset.categories:
+        raise UserError(f"{model.path}: model.onnx and validation.json have other classes; export again")
+    known = {name for _, name in theirs.categories}
+    shared = [label for label, name in enumerate(dataset.classes) if name in known]
+    answers = _answers(ours, theirs, dataset)
+    masks = [any(d.masks is not None for d in found.values()) for found in answers.found]
+    kind: Kind = "segm" if all(masks) and dataset.annotations.segmentations else "bbox"
+    results = [
+        coco_results(dataset, found if kind == "segm" else {i: replace(d, masks=None) for i, d in found.items()})
+        for found in answers.found
+    ]
+    gain, classes = compare(dataset, *results, labels=shared, kind=kind, resamples=resamples, seed=seed)
+    if gain.ap is None or gain.other is None or gain.low is None or gain.high is None:
+        raise UserError(
+            f"{model.path}: no validation image has a box of a class that version {champion.version} knows, too; "
+            "deploy it under another --name, or without the gate"
+        )
+    images = _images_by_class(dataset)
+    comparison = Comparison(
+        version=champion.version,
+        kind=kind,
+        gain=gain,
+        classes=[
+            ClassChange(**asdict(d), name=name, images=images[name], fallen=_fallen(d, images[name], bounds))
+            for name, d in classes.items()
+        ],
+        lost=sorted(known - set(dataset.classes)) + ["masks of objects"] * (masks == [False, True]),
+        new=[name for name in dataset.classes if name not in known],
+        latency_ms=statistics.median(answers.milliseconds[0]),
+        champion_latency_ms=statistics.median(answers.milliseconds[1]),
+        images=len(dataset),
+        resamples=resamples,
+        seed=seed,
+        bounds=bounds,
+    )
+    rejections = _rejections(comparison, gain.ap, gain.other, gain.low)
+    better = gain.ap > gain.other + bounds.delta
+    reason = (
+        f"{'mask ' * (kind == 'segm')}AP {gain.ap:.4f} {'>' if better else 'is not >'} {gain.other:.4f} of version "
+        f"{champion.version} + {bounds.delta:g} (gain {gain.low:+.4f} to {gain.high:+.4f} with 95 %)"
+    )
+    reason = "; ".join([reason, *rejections[not better :]])
+    return Decision(not rejections, reason, gain.ap, gain.other, rejections, comparison), dataset, answers
+
+
+def _answers(ours: OnnxDetector, theirs: OnnxDetector, dataset: CocoDataset) -> _Answers:
+    label = {name: n for n, name in enumerate(dataset.classes)}
+    translate = np.array([label.get(name, -1) for _, name in theirs.categories])
+    out = _Answers(({}, {}), ([], []))
+    canvases: list[np.ndarray] = []
+
+    def run(which: int) -> dict[str, np.ndarray]:
+        start = time.perf_counter()
+        answer = (ours, theirs)[which].run(canvases[which])
+        out.milliseconds[which].append(1000 * (time.perf_counter() - start))
+        return answer
+
+    for index, record in track(enumerate(dataset.images), "gate", len(dataset)):
+        image = read_image(dataset, index)[0]
+        (new, new_scale), (old, old_scale) = ours.letterbox(image), theirs.letterbox(image)
+        canvases[:] = new[None], old[None]
+        if not index:  # the first run of each takes longer
+            ours.run(canvases[0])
+            theirs.run(canvases[1])
+        answers = {which: run(which) for which in ((0, 1) if index % 2 else (1, 0))}
+        out.found[0][record.id] = to_detections(answers[0], 0, new_scale, image.size)
+        found = to_detections(answers[1], 0, old_scale, image.size)
+        found.labels = translate[found.labels]
+        out.found[1][record.id] = found[found.labels >= 0]
+    for turn in range(len(dataset), MIN_TIMED):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            run(which)
+    return out
+
+
+def _rejections(c: Comparison, ap: float, champion_ap: float, low: float) -> tuple[str, ...]:
+    found, bounds = [], c.bounds
+    if not ap > champion_ap + bounds.delta:
+        found.append(f"its AP {ap:.4f} is not over the {champion_ap:.4f} of version {c.version} by {bounds.delta:g}")
+    if bounds.require_significant and low <= 0:
+        found.append(f"the gain may be chance: its interval begins at {low:+.4f}")
+    fallen = sorted((k for k in c.classes if k.fallen), key=lambda k: k.change)
+    for k in fallen[:NAMED]:
+        found.append(f"class {k.name} falls from {k.other:.4f} to {k.ap:.4f}, {bounds.max_class_drop:g} allowed")
+    if len(fallen) > NAMED:
+        found.append(f"and so do {len(fallen) - NAMED} more classes")
+    if c.lost and bounds.max_class_drop < 1:
+        found.append(f"it lacks what version {c.version} answers: {', '.join(c.lost)}")
+    ratio = c.latency_ms / c.champion_latency_ms
+    if ratio > bounds.max_latency_ratio:
+        times = f"{c.latency_ms:.1f} ms an image, version {c.version} {c.champion_latency_ms:.1f} ms"
+        found.append(f"it is {ratio:.2f} times as slow ({times}), {bounds.max_latency_ratio:g} allowed")
+    return tuple(found)
+
+
+def _fallen(d: Difference, images: int, bounds: Bounds) -> bool:
+    sure = images >= MIN_IMAGES and d.high is not None and d.high < 0
+    return sure and d.change < -bounds.max_class_drop
+
+
+def _images_by_class(dataset: CocoDataset) -> dict[str, int]:
+    a = dataset.annotations
+    pairs = np.unique(np.stack([a.labels, a.image_index])[:, ~a.crowd], axis=1)
+    counts = np.bincount(pairs[0], minlength=len(dataset.categories)).tolist()
+    return dict(zip(dataset.classes, counts, strict=True))

@@ -27,3 +27,27 @@ def to_detections(
     labels = answer["detection_classes"][index, :n].astype(np.int64)
     masks = answer[MASKS][index, :n].copy() if MASKS in answer else None
     return Detections(boxes, answer["detection_scores"][index, :n].copy(), labels, masks)
+
+
+def nonsense(answer: dict[str, np.ndarray], images: int, classes: int) -> str | None:
+    """What is wrong with an answer that is no detector's; none if nothing is.
+
+    Args:
+        answer: the outputs.
+        images: that were asked about.
+        classes: that the detector knows.
+    """
+    if missing := [name for name in OUTPUTS if name not in answer]:
+        return f"no output {', '.join(missing)}"
+    counts, boxes, scores, labels = (answer[name] for name in OUTPUTS)
+    rows = scores.shape[1] if scores.ndim == 2 else 0
+    if counts.shape != (images, 1) or scores.shape != (images, rows) or labels.shape != (images, rows):
+        return "outputs of a wrong shape"
+    if boxes.shape != (images, rows, 4) or counts.min() < 0 or counts.max() > rows:
+        return "boxes of a wrong shape or number"
+    real = np.arange(rows) < counts  # [images, rows]
+    if not np.isfinite(boxes[real]).all() or not ((scores[real] >= 0) & (scores[real] <= 1.001)).all():
+        return "boxes that are not finite, or scores outside 0 to 1"
+    if ((labels[real] < 0) | (labels[real] >= classes)).any():
+        return f"labels outside its {classes} classes"
+    return None

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import io
+import json
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
 from softteacher import storage
-from softteacher.console import track
-from softteacher.data.images import load_image
+from softteacher.choices import Format
+from softteacher.console import say, track
+from softteacher.data.images import BadImage
 from softteacher.detections import paste_masks
-from softteacher.errors import UserError
+from softteacher.errors import MissingFile, UserError
 from softteacher.evaluation.draw import draw
-from softteacher.serving.client import Client
+from softteacher.evaluation.shard import Shard
+from softteacher.serving.client import Answer, Client
+from softteacher.serving.formats import table as table
+from softteacher.serving.formats import write
+from softteacher.serving.sources import Source, find_sources
+from softteacher.watching.recorder import TrafficRecorder
+
+DRAWERS = 2  # threads that draw and store pictures
 
 
 def predict(
@@ -23,54 +39,171 @@ def predict(
     """Detect objects in image files through Triton.
 
     Args:
-        images: paths or `s3://` URIs.
-        triton: HTTP URL.
+        images: files, folders, globs, `s3://` URIs and prefixes, see `find_sources`.
+        triton: URL, `http://host:port` or `grpc://host:port`.
         name: of the model.
-        out: folder for pictures with boxes, one `<name>.jpg` an image; none: no pictures.
+        out: folder for pictures with boxes; none: no pictures.
         score: detections under it are left out.
 
     Returns:
-        For each image `image` and `detections`: `class`, `score`, `box` (xyxy, pixels of the image).
+        For each image `image`, `file_name` (its path below the folder that holds all), `width`, `height` and
+        `detections`: `class`, `category_id`, `score`, `box` (xyxy, pixels of the image).
 
     Raises:
         UserError: an image can't be read, or the endpoint can't answer.
     """
-    pictures = [PurePosixPath(uri).stem + ".jpg" for uri in images]
-    if out and len(set(pictures)) < len(pictures):
-        raise UserError(f"--out {out}: two of the images have the same name; ask about them one after the other")
-    loaded = [load_image(uri) for uri in images]
-    answers = []
+    sources = find_sources(images)
     with Client(triton, name) as client:
-        found = [client.predict([image])[0] for image in track(loaded, "predict", len(loaded))]
-        classes = client.classes
-    found = [d[d.scores >= score] for d in found]
-    if out:
-        with storage.output_folder(out) as folder:
-            for picture, image, d in zip(pictures, loaded, found, strict=True):
-                masks = () if d.masks is None else paste_masks(d, image.height, image.width)
-                draw(image, d, classes, masks=list(masks)).save(folder / picture, quality=92)
-    for uri, d in zip(images, found, strict=True):
-        rows = zip(d.labels.tolist(), d.scores.tolist(), d.boxes.tolist(), strict=True)
-        answers.append({
-            "image": uri,
-            "detections": [
-                {"class": classes[label], "score": round(value, 4), "box": [round(v, 1) for v in box]}
-                for label, value, box in rows
-            ],
-        })  # fmt: skip
+        answers = list(_answers(client, sources, out, score))
+    for answer in answers:
+        if "error" in answer:
+            raise UserError(answer["error"])
     return answers
 
 
-def table(answers: list[dict[str, Any]]) -> str:
-    """The answers as a table for people."""
-    grid = Table("image", "class", "score", "x1", "y1", "x2", "y2")
-    for answer in answers:
-        rows = answer["detections"] or [{"class": "(nothing)", "score": None, "box": [""] * 4}]
-        for n, row in enumerate(rows):
-            score = "" if row["score"] is None else f"{row['score']:.3f}"
-            name = PurePosixPath(answer["image"]).name if n == 0 else ""
-            grid.add_row(name, row["class"], score, *(str(v) for v in row["box"]))
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(grid)
-    return capture.get()
+def predict_files(
+    images: list[str],
+    triton: str,
+    name: str,
+    out: str | None = None,
+    score: float = 0.3,
+    *,
+    form: Format = "table",
+    output: str | None = None,
+    record: str | None = None,
+    shard: Shard | None = None,
+    parts: Sequence[str] = (),
+) -> None:
+    """As `predict`, for any number of images: only a few of them are in memory, the answers are written as they come.
+
+    Args:
+        images: as for `predict`.
+        triton: the same.
+        name: the same.
+        out: the same; a picture is stored as soon as it is drawn.
+        score: the same.
+        form: see `softteacher.serving.formats.write`.
+        output: file for the answers, local or `s3://`, written whole at the end; none: standard output.
+        record: folder or `s3://` prefix to count the answers in, for `softteacher watch`.
+        shard: ask about this share of the images only.
+        parts: what all the shards wrote as JSON, to be written as one run would have; nothing is asked then.
+
+    Raises:
+        UserError: the endpoint can't answer; a part is missing or broken; or, after everything else is done, some
+            images could not be read.
+    """
+    if output and form == "table":
+        raise UserError(f"--output {output}: a table is for the screen; add --format json, coco or csv")
+    if parts and (out or record):
+        raise UserError("--join writes the answers again, nothing else; give --out and --record to the shards")
+    sources = find_sources(images)
+    if shard:
+        sources = shard.share(sources)
+    broken: list[str] = []
+
+    def watched(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for answer in answers:
+            if "error" in answer:
+                if len(sources) == 1 and not shard:
+                    raise UserError(answer["error"])
+                broken.append(answer["error"])
+            yield answer
+
+    with (
+        TrafficRecorder(record, name) if record else nullcontext() as recorder,
+        Client(triton, name, recorder=recorder) as client,
+    ):
+        answers = watched(_joined(parts, sources) if parts else _answers(client, sources, out, score))
+        if output is None:
+            write(answers, sys.stdout, form, lambda: client.categories)
+        else:
+            with tempfile.TemporaryDirectory(prefix="softteacher-") as folder:
+                file = Path(folder, "answers")
+                with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
+                    write(answers, text, form, lambda: client.categories)
+                storage.copy(file, output)
+        if client.canary:
+            say(str(client.canary))
+    if broken:
+        raise UserError(f"{len(broken)} of {len(sources)} images could not be read; the first: {broken[0]}")
+
+
+def _answers(client: Client, sources: list[Source], out: str | None, score: float) -> Iterator[dict[str, Any]]:
+    drawing: deque[tuple[dict[str, Any], Future[None] | None]] = deque()
+    pool = ThreadPoolExecutor(DRAWERS)
+    try:
+        found = client.stream((source.uri for source in sources), keep=bool(out))
+        for source, answer in zip(sources, track(found, "predict", len(sources)), strict=True):
+            if answer.error:
+                # a store that can't be reached is no fault of the image: the others would fail, too
+                if storage.is_s3(source.uri) and not isinstance(answer.error, BadImage | MissingFile):
+                    raise answer.error
+                drawing.append(({"image": source.uri, "file_name": source.name, "error": str(answer.error)}, None))
+            else:
+                good = replace(answer, detections=answer.detections[answer.detections.scores >= score])
+                picture = pool.submit(_picture, good, storage.join(out, _picture_name(source.name))) if out else None
+                drawing.append((_row(source, good), picture))
+            while drawing and (len(drawing) > 2 * DRAWERS or drawing[0][1] is None):
+                yield _drawn(*drawing.popleft())
+        while drawing:
+            yield _drawn(*drawing.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _joined(parts: Sequence[str], sources: list[Source]) -> Iterator[dict[str, Any]]:
+    """The answers of all parts in the order of the images."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        try:
+            found |= {answer["image"]: answer for answer in json.loads(storage.read_bytes(part))}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{part}: no JSON of `softteacher predict --format json`; run this shard again") from None
+    missing = [source.uri for source in sources if source.uri not in found]
+    if missing or len(found) > len(sources):
+        odd = missing or sorted(set(found) - {source.uri for source in sources})
+        raise UserError(f"{odd[0]}: is {'not in any' if missing else 'in a'} part; give the same images and all parts")
+    return (found[source.uri] for source in sources)
+
+
+def _row(source: Source, answer: Answer) -> dict[str, Any]:
+    d = answer.detections
+    return {
+        "image": source.uri,
+        "file_name": source.name,
+        "width": answer.size[0],
+        "height": answer.size[1],
+        "detections": [
+            {
+                "class": answer.categories[label][1],
+                "category_id": answer.categories[label][0],
+                "score": round(value, 4),
+                "box": [round(v, 1) for v in box],
+            }
+            for label, value, box in zip(d.labels.tolist(), d.scores.tolist(), d.boxes.tolist(), strict=True)
+        ],
+    }
+
+
+def _picture_name(name: str) -> str:
+    # a.png and a.jpg of one folder are two pictures
+    return name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
+
+
+def _picture(answer: Answer, target: str) -> None:
+    """Draw on the image that the client kept, which may be smaller than the original, and store the picture."""
+    image = answer.image
+    assert image is not None
+    scale = np.array([image.width / answer.size[0], image.height / answer.size[1]] * 2, np.float32)
+    scaled = replace(answer.detections, boxes=answer.detections.boxes * scale)
+    masks = () if scaled.masks is None else paste_masks(scaled, image.height, image.width)
+    file = io.BytesIO()
+    classes = [name for _, name in answer.categories]
+    draw(image, scaled, classes, masks=list(masks)).save(file, "JPEG", quality=92)
+    storage.write_bytes(target, file.getvalue())
+
+
+def _drawn(row: dict[str, Any], picture: Future[None] | None) -> dict[str, Any]:
+    if picture:
+        picture.result()
+    return row

@@ -2,8 +2,10 @@
 
 {repository}/{name}/config.pbtxt        names the one live version
                     champion.json       the champion pointer: which version, how good, on what data
-                    {version}/          model.onnx, model.py (python backend), and what a rollback needs:
-                                        config.pbtxt, record.json (its champion.json), smoke.npz
+                    {version}/          model.onnx, model.py (python backend), and what a rollback needs: config.pbtxt,
+                                        smoke.npz, manifest.json (see version_folder.py)
+{repository}/{name}-candidate/          a version before its smoke test, and claim.json: who is deploying
+{repository}/{name}-canary/             a version that gets a share of the requests (see canary_state.py)
 """
 
 from __future__ import annotations
@@ -12,13 +14,61 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from softteacher import storage
+from softteacher.choices import Backend
 from softteacher.errors import UserError
 from softteacher.serving.outputs import MASKS, OUTPUTS
 
-Backend = Literal["python", "onnxruntime"]
+INT8_FILE = "model.int8.onnx"
+REFERENCE_ENGINE = "onnxruntime-fp32"  # whose answers `smoke.npz` records
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How Triton runs a model.
+
+    Attributes:
+        backend: Triton's: `python` (the embedded one, which runs every engine), `onnxruntime` or `openvino`.
+        engine: engine and precision, as `export.engines` and `parity.json` name them.
+        gpu: on the GPUs that Triton sees.
+        tensorrt: there by TensorRT in fp16 instead of CUDA.
+
+    Raises:
+        UserError: the parts don't fit together.
+    """
+
+    backend: Backend = "python"
+    engine: str = REFERENCE_ENGINE
+    gpu: bool = False
+    tensorrt: bool = False
+
+    def __post_init__(self) -> None:
+        name = self.library
+        if self.backend not in {"python", name}:
+            raise UserError(f"--engine {self.engine}: Triton's backend {self.backend} can't run it; --backend {name}")
+        if self.gpu and name != "onnxruntime":
+            raise UserError(f"--engine {self.engine}: does not run on GPUs; use onnxruntime-fp32")
+        if self.tensorrt and not (self.gpu and self.backend == "onnxruntime"):
+            raise UserError("--tensorrt: needs --gpu and --backend onnxruntime")
+
+    @property
+    def library(self) -> str:
+        """onnxruntime or openvino."""
+        return self.engine.partition("-")[0]
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or int8."""
+        return self.engine.partition("-")[2]
+
+    @property
+    def onnx_file(self) -> str:
+        """The file of the onnx folder that it runs."""
+        return INT8_FILE if self.precision == "int8" else "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -36,6 +86,7 @@ class OnnxFolder:
         masks: it answers masks, too.
         categories: `{"id", "name"}` in label order.
         preprocessing: how an image becomes input.
+        engines: what the export measured of each engine, see `softteacher.serving.variants`.
     """
 
     path: Path
@@ -48,6 +99,25 @@ class OnnxFolder:
     masks: bool
     categories: list[dict[str, Any]]
     preprocessing: dict[str, Any]
+    engines: dict[str, dict[str, Any]]
+
+    def require(self, runtime: Runtime) -> None:
+        """Refuse an engine that the export did not find good.
+
+        Raises:
+            UserError: it was not measured, or it must not serve, or not so.
+        """
+        engine = runtime.engine
+        facts = self.engines.get(engine)
+        if engine != REFERENCE_ENGINE and facts is None:
+            raise UserError(f"{self.path}: {engine} was not measured at export; add it to export.engines, export again")
+        if facts and "refused" in facts:
+            raise UserError(f"{self.path}: {engine} must not serve this model: {facts['refused']}")
+        if facts and "fp32_until" in facts and runtime.backend != "python":
+            raise UserError(
+                f"{self.path}: {engine} keeps this model's AP only with its first layers in fp32, which Triton's own"
+                " backend can't do; --backend python, or --engine openvino-fp32"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,10 +131,12 @@ class Champion:
     validation_fingerprint: str
     onnx_sha256: str
     deployed_at: str
+    deployed_by: str
     provenance: dict[str, Any]
+    engine: str = REFERENCE_ENGINE
 
     def to_json(self) -> bytes:
-        """As `champion.json` and `record.json` have it."""
+        """As `champion.json` has it."""
         return json.dumps(asdict(self), indent=1).encode()
 
 
@@ -94,6 +166,10 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
     outputs = {o.name for o in graph.graph.output}
     if [i.name for i in graph.graph.input] != ["images"] or not outputs.issuperset(OUTPUTS):
         raise UserError(f"{file}: needs the input images and the outputs {', '.join(OUTPUTS)}; {again}")
+    for weight in graph.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            raise UserError(f"{file}: its weights hold NaN ({weight.name}); train again, with a lower training.lr")
     try:
         ours = ("classes", "preprocessing", "max_detections")
         facts = {p.key: json.loads(p.value) for p in graph.metadata_props if p.key in ours}
@@ -109,6 +185,7 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
             masks=MASKS in outputs,
             categories=facts["classes"],
             preprocessing=facts["preprocessing"],
+            engines=dict(parity.get("engines", {})),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path}: model.onnx, parity.json or validation.json lacks {e}; {again}") from None
@@ -117,21 +194,20 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
 def config(
     model: OnnxFolder,
     version: int,
+    runtime: Runtime = Runtime(),
     *,
-    backend: Backend = "python",
-    gpu: bool = False,
     max_batch_size: int = 8,
-    queue_delay_us: int = 2000,
+    queue_delay_us: int | None = None,
 ) -> str:
     """The `config.pbtxt` that makes `version` the only one served.
 
     Args:
         model: the onnx folder of that version.
         version: the live version.
-        backend: `python` runs the ONNX file by `triton_model.py`; `onnxruntime` is the Triton container's own.
-        gpu: run on the GPUs that Triton sees.
+        runtime: what runs it.
         max_batch_size: images in one run of the detector.
-        queue_delay_us: how long a request may wait for others to share its batch.
+        queue_delay_us: how long a request may wait for others to share its batch; none: 2000 on GPUs, which gain by
+            larger batches, and 0 on processors, which don't. What comes while a batch runs is the next batch anyway.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -140,20 +216,42 @@ def config(
     environment.filters["quoted"] = lambda value: json.dumps(json.dumps(value))
     template = environment.from_string(Path(__file__).with_name("config.pbtxt.j2").read_text())
     height, width = model.image_size
+    preferred = sorted({max(1, max_batch_size // 2), max_batch_size})
+    delay = (2000 if runtime.gpu else 0) if queue_delay_us is None else queue_delay_us
     return template.render(
-        backend=backend,
+        runtime=runtime,
         version=version,
-        gpu=gpu,
+        engine={
+            "engine": runtime.library,
+            "precision": runtime.precision,
+            "fp32_until": model.engines.get(runtime.engine, {}).get("fp32_until", ""),
+        },
         height=height,
         width=width,
         max_detections=model.max_detections,
         masks=model.masks,
         max_batch_size=max_batch_size,
-        preferred_batch_sizes=sorted({max(1, max_batch_size // 2), max_batch_size}),
-        queue_delay_us=queue_delay_us,
+        preferred_batch_sizes=preferred,
+        warm_up_sizes=sorted({1, *preferred}),
+        queue_delay_us=delay,
         classes=model.categories,
         preprocessing=model.preprocessing,
     )
+
+
+def parse_config(text: bytes) -> Any:
+    """Triton's own `ModelConfig` message of a `config.pbtxt`.
+
+    Raises:
+        UserError: it is none.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    try:
+        return text_format.Parse(text, ModelConfig())
+    except (text_format.ParseError, UnicodeDecodeError) as e:
+        raise UserError(f"config.pbtxt: torn, or not ours ({' '.join(str(e).split())}); deploy again") from None
 
 
 def versions(repository: str, name: str) -> list[int]:
@@ -175,12 +273,17 @@ def read_champion(repository: str, name: str) -> Champion | None:
     Raises:
         UserError: it can't be read, or is torn.
     """
-    return _read_champion(storage.join(repository, name, "champion.json"))
-
-
-def read_record(repository: str, name: str, version: int) -> Champion | None:
-    """What the champion pointer said when `version` was deployed; none if it isn't in the repository any more."""
-    return _read_champion(storage.join(repository, name, str(version), "record.json"))
+    uri = storage.join(repository, name, "champion.json")
+    try:
+        data = storage.read_bytes(uri)
+    except storage.MissingFile:
+        return None
+    try:
+        return Champion(**json.loads(data))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{uri}: torn, or not ours; restore it from `record` in manifest.json of the live version"
+        ) from None
 
 
 def write_champion(repository: str, champion: Champion, if_match: str) -> None:
@@ -201,19 +304,6 @@ def write_champion(repository: str, champion: Champion, if_match: str) -> None:
 def champion_etag(repository: str, name: str) -> str:
     """For `write_champion`; take it before `read_champion`."""
     return storage.etag(storage.join(repository, name, "champion.json"))
-
-
-def _read_champion(uri: str) -> Champion | None:
-    try:
-        data = storage.read_bytes(uri)
-    except storage.MissingFile:
-        return None
-    try:
-        return Champion(**json.loads(data))
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{uri}: torn, or not ours; restore it from record.json in the folder of the live version"
-        ) from None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,15 +1,16 @@
-"""Triton's python backend: answers with the ONNX file beside it, by ONNX Runtime.
+"""Triton's python backend: answers with the ONNX file beside it, on the engine that the model's config names.
 
-It is uploaded as `model.py` into every version folder and runs in Triton's own environment, which has numpy and
-onnxruntime and nothing else: it must not import softteacher.
+It is uploaded as `model.py`, with `engines.py`, into every version folder and runs in Triton's own environment, which
+has numpy and the engines and nothing else: it must not import softteacher.
 """
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import triton_python_backend_utils as pb  # type: ignore[import-not-found]
 
 
@@ -22,12 +23,25 @@ class TritonPythonModel:
         Args:
             args: as Triton gives them: folder of the model, version, device, config (JSON), ...
         """
-        path = Path(args["model_repository"], args["model_version"], "model.onnx")
-        cuda = ("CUDAExecutionProvider", {"device_id": args["model_instance_device_id"]})
-        providers = [cuda] if args["model_instance_kind"] == "GPU" else ["CPUExecutionProvider"]
-        self.session = ort.InferenceSession(path, providers=providers)
-        self.names = [output.name for output in self.session.get_outputs()]
-        self.shape = tuple(json.loads(args["model_config"])["input"][0]["dims"])  # (H, W, 3)
+        folder, config = Path(args["model_repository"], args["model_version"]), json.loads(args["model_config"])
+        chosen = json.loads(config["parameters"]["engine"]["string_value"])
+        # by its path: other versions and models have an engines.py of their own
+        spec = importlib.util.spec_from_file_location("engines", folder / "engines.py")
+        assert spec is not None
+        assert spec.loader is not None
+        engines = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(engines)
+        gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        self.run = engines.load(folder / "model.onnx", **chosen, gpu=gpu)
+        self.shape = tuple(config["input"][0]["dims"])  # (H, W, 3)
+        # Triton counts a request that a python model refuses as a success
+        self.family = pb.MetricFamily(
+            name="softteacher_bad_requests_total",
+            description="Requests that the model refused or could not answer",
+            kind=pb.MetricFamily.COUNTER,
+        )
+        sys.unraisablehook = _without_capsules
+        self.bad = self.family.Metric(labels={"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the requests that Triton has gathered, in one run of the detector.
@@ -43,21 +57,36 @@ class TritonPythonModel:
         batches = [np.from_dlpack(pb.get_input_tensor_by_name(request, "images")) for request in requests]
         problems = [self._problem(images) for images in batches]
         good = [images for images, problem in zip(batches, problems, strict=True) if problem is None]
+        outputs: dict[str, np.ndarray] = {}
+        if good:
+            try:
+                outputs = self.run(good[0] if len(good) == 1 else np.concatenate(good))
+            except Exception as e:  # the engine's own, of any class; the next batch may be a better one
+                failure = pb.TritonError(f"the engine failed: {' '.join(str(e).split())}", pb.TritonError.INTERNAL)
+                problems = [problem or failure for problem in problems]
         # kept until the next call: the responses only borrow this memory
-        self.outputs = self.session.run(self.names, {"images": np.concatenate(good)}) if good else []
+        self.outputs = outputs
         responses, start = [], 0
         for images, problem in zip(batches, problems, strict=True):
             if problem is not None:
-                responses.append(pb.InferenceResponse(error=pb.TritonError(problem, pb.TritonError.INVALID_ARG)))
+                self.bad.increment(1)
+                responses.append(pb.InferenceResponse(error=problem))
                 continue
-            rows = [ort.OrtValue.ortvalue_from_numpy(x[start : start + len(images)]) for x in self.outputs]
-            tensors = [pb.Tensor.from_dlpack(name, x) for name, x in zip(self.names, rows, strict=True)]
+            rows = slice(start, start + len(images))
+            tensors = [pb.Tensor.from_dlpack(name, x[rows]) for name, x in outputs.items()]
             responses.append(pb.InferenceResponse(tensors))
             start += len(images)
         return responses
 
-    def _problem(self, images: np.ndarray) -> str | None:
+    def _problem(self, images: np.ndarray) -> Any:
         if images.dtype == np.uint8 and images.shape[1:] == self.shape and len(images):
             return None
         wanted, given = ("x".join(map(str, shape)) for shape in (self.shape, images.shape[1:]))
-        return f"images: a batch of uint8 {wanted} is needed, not of {images.dtype} {given}"
+        message = f"images: a batch of uint8 {wanted} is needed, not of {images.dtype} {given}"
+        return pb.TritonError(message, pb.TritonError.INVALID_ARG)
+
+
+def _without_capsules(event: Any) -> None:
+    """Triton renames a DLPack capsule that it has taken otherwise than numpy expects: a traceback for each tensor."""
+    if "PyCapsule_GetPointer" not in str(event.exc_value):
+        sys.__unraisablehook__(event)

@@ -58,9 +58,12 @@ def test_demo_serves_what_it_trained_and_stops_everything(data, tmp_path):
     assert answer["image"].startswith("s3://")
     assert len(summary["answer"]) == len(list(Path(summary["places"]["pictures"]).iterdir())) == 4
     assert all(d["class"] in validation.classes for d in answer["detections"])
-    for step in ("split", "train", "evaluate", "export", "gate", "deploy", "train-baseline", "evaluate-baseline"):
+    steps = ("split", "train", "evaluate", "export", "gate", "deploy", "record", "train-baseline", "evaluate-baseline")
+    for step in steps:
         assert summary["seconds"][step] > 0
     assert "supervised" in output
+    [version] = summary["lineage"]["versions"]
+    assert version["data"]["labeled"]["fingerprint"] in output
     assert left_behind(tmp_path) == []
 
 

@@ -17,10 +17,11 @@ from PIL import Image
 from softteacher import storage
 from softteacher.demo.servers import triton
 from softteacher.errors import UserError
-from softteacher.serving import deploy as deploy_module
+from softteacher.serving import deployment as deploy_module
 from softteacher.serving.client import Client, connect, infer
 from softteacher.serving.deploy import deploy, rollback
-from softteacher.serving.repository import read_champion, versions
+from softteacher.serving.repository import parse_config, read_champion, versions
+from softteacher.serving.status import status
 from tests.conftest import TritonServer
 from tests.helpers import CATEGORIES, SIZE, onnx_folder, square_detector, square_image
 
@@ -81,7 +82,7 @@ def asked_all_the_time(server: TritonServer, name: str) -> Iterator[list[tuple[s
 
 
 def test_deploy_switch_rollback_restart(triton_server: TritonServer, folders: dict[str, Path], tmp_path: Path) -> None:
-    url, repository = triton_server
+    url, repository = triton_server.url, triton_server.repository
     name = "main"
     facts = deploy(str(folders["first"]), repository, url, name)
     assert (facts["name"], facts["version"], facts["previous"]) == (name, 1, None)
@@ -104,7 +105,7 @@ def test_deploy_switch_rollback_restart(triton_server: TritonServer, folders: di
 
     # Triton loads nothing by itself after a restart; asked for the model, it serves the live version
     with triton(repository, tmp_path / "restarted", load=[name]) as again:
-        assert live_score(TritonServer(again, repository), name) == 0.8
+        assert live_score(TritonServer(again.http, repository, again), name) == 0.8
 
     with Client(url, name) as client:  # it follows the model
         facts = rollback(repository, url, name)
@@ -227,6 +228,27 @@ def test_a_champion_written_meanwhile_brings_the_old_version_back(
     assert_no_candidate(triton_server, live)
 
 
+def test_interrupted_after_the_last_step(
+    triton_server: TritonServer, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pointer says that it is live: it stays so."""
+    name, (url, repository, _) = "hasty", triton_server
+    deploy(str(folders["first"]), repository, url, name)
+    write = deploy_module.write_champion
+
+    def interrupted(*args: object) -> None:
+        write(*args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deploy_module, "write_champion", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deploy(str(folders["second"]), repository, url, name)
+    assert live_score(triton_server, name) == 0.8
+    assert versions(repository, name) == [1, 2]
+    assert status(repository, url, name)["notes"] == []
+    assert_no_candidate(triton_server, name)
+
+
 def test_the_first_deployment_fails_to_nothing(
     triton_server: TritonServer, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,10 +279,12 @@ def test_two_deployments_of_one_name_do_not_mix(
 
 
 def test_what_is_wrong_around_it(triton_server: TritonServer, folders: dict[str, Path], s3: str) -> None:
-    url, repository = triton_server
+    url, repository = triton_server.url, triton_server.repository
     good = str(folders["first"])
     with pytest.raises(UserError, match=r"--name a/b: only letters"):
         deploy(good, repository, url, "a/b")
+    with pytest.raises(UserError, match=r"--name a-canary: names with that ending are taken"):
+        deploy(good, repository, url, "a-canary")
     with pytest.raises(UserError, match=r"http://127.0.0.1:9 can't be reached"):
         deploy(good, s3, "http://127.0.0.1:9", "lost")
     with pytest.raises(UserError, match=r"ftp://x: not a URL of Triton"):
@@ -275,7 +299,7 @@ def test_what_is_wrong_around_it(triton_server: TritonServer, folders: dict[str,
     with pytest.raises(UserError, match="nothing is deployed there"):
         rollback(repository, url, "never")
     storage.write_bytes(f"{repository}/foreign/1/model.onnx", b"by hand")
-    with pytest.raises(UserError, match="did not put there; choose another --name"):
+    with pytest.raises(UserError, match=r"did not put there \(version 1\); choose another --name"):
         deploy(good, repository, url, "foreign")
     assert storage.read_bytes(f"{repository}/foreign/1/model.onnx") == b"by hand"
 
@@ -352,3 +376,22 @@ def test_client_errors(triton_server: TritonServer, live: str) -> None:
     with pytest.raises(UserError, match=r"refused: .*<= 8"):
         infer(connection, triton_server.url, live, np.zeros((9, *SIZE, 3), np.uint8))
     connection.close()
+
+
+def test_only_what_has_passed_is_warmed_up(
+    triton_server: TritonServer, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up request that fails may crash Triton with all its models."""
+    seen, go_live = [], deploy_module.Deployment.go_live
+    place = f"{triton_server.repository}/cold"
+
+    def looking(self: deploy_module.Deployment, *arguments: object) -> object:
+        seen.append(parse_config(storage.read_bytes(f"{place}-candidate/config.pbtxt")))
+        return go_live(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(deploy_module.Deployment, "go_live", looking)
+    deploy(str(folders["first"]), triton_server.repository, triton_server.url, "cold")
+    live = parse_config(storage.read_bytes(f"{place}/config.pbtxt"))
+    assert live.model_warmup
+    del live.model_warmup[:]
+    assert seen == [live]

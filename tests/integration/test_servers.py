@@ -24,7 +24,7 @@ linux = pytest.mark.skipif(
 SCRIPT = """
 import sys, time
 from softteacher.demo.servers import ObjectStore, seaweedfs, triton
-with seaweedfs(sys.argv[1] + "/s3") as store, triton(sys.argv[1] + "/repository", sys.argv[1] + "/triton") as url:
+with seaweedfs(sys.argv[1] + "/s3") as store, triton(sys.argv[1] + "/repository", sys.argv[1] + "/triton") as urls:
     print("up", flush=True)
     time.sleep(60)
 """

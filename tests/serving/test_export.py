@@ -9,20 +9,26 @@ import onnxruntime
 import pytest
 import torch
 
+from softteacher.config import ExportSettings
 from softteacher.data.check import read_image
 from softteacher.data.coco import load_coco
+from softteacher.detections import pairwise_iou
 from softteacher.errors import UserError
 from softteacher.evaluation.evaluate import evaluate
 from softteacher.model_folder import ModelFolder, sha256
+from softteacher.serving import engines, variants
 from softteacher.serving import export as module
-from softteacher.serving.export import ServedDetector, canvas_size, compare, export
-from softteacher.serving.onnx_runtime import OnnxDetector, evaluate_onnx
-from softteacher.serving.outputs import OUTPUTS
+from softteacher.serving.export import canvas_size, compare, export
+from softteacher.serving.graph import ServedDetector, write_onnx
+from softteacher.serving.onnx_runtime import OnnxDetector, detect_canvases, evaluate_onnx
+from softteacher.serving.outputs import OUTPUTS, to_detections
 from softteacher.serving.repository import read_onnx_folder
+from softteacher.serving.variants import measure_engines
+from softteacher.watching.profile import TrafficProfile
 
 
 def test_files(exported, trained):
-    names = {"model.onnx", "parity.json", "smoke.npz", "provenance.json", "validation.json"}
+    names = {"model.onnx", "parity.json", "smoke.npz", "profile.json", "provenance.json", "validation.json"}
     assert {p.name for p in exported.iterdir()} == names
     for name in ("provenance.json", "validation.json"):
         assert (exported / name).read_bytes() == (trained / name).read_bytes()
@@ -66,9 +72,10 @@ def both(exported, trained):
     return detector, ServedDetector(folder.detector("teacher"), detector.image_size).eval(), canvases
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
 def test_onnx_equals_pytorch(both, batch):
     detector, served, canvases = both
+    canvases = canvases[np.arange(16) % len(canvases)]
     ours, theirs = served.run(canvases[:batch]), detector.run(canvases[:batch])
     np.testing.assert_array_equal(ours["num_detections"], theirs["num_detections"])
     assert (ours["num_detections"] > 10).all()
@@ -81,6 +88,37 @@ def test_onnx_equals_pytorch(both, batch):
         distance = np.abs(ours["detection_boxes"][n, :count, None] - theirs["detection_boxes"][n, None, :count]).max(-1)
         other_class = ours["detection_classes"][n, :count, None] != theirs["detection_classes"][n, None, :count]
         assert (distance + 1e3 * other_class).min(1).max() < 1e-2
+
+
+@pytest.mark.parametrize("engine", ["openvino-fp32", "onnxruntime-fp32"])
+def test_engines_agree_on_every_batch(both, exported, engine):
+    _, served, canvases = both
+    run = engines.load(exported / "model.onnx", *engine.split("-"))
+    crowded = np.concatenate([canvases, canvases[:, ::-1], np.zeros_like(canvases[:1])])  # the last one is empty
+    for batch in (1, 2, 4, 8, 13):
+        ours, theirs = served.run(crowded[:batch]), run(crowded[:batch])
+        for n in range(batch):
+            a, b = (to_detections(x, n, (1, 1), (64, 64)) for x in (ours, theirs))
+            a, b = a[a.scores > 0.06], b[b.scores > 0.05]
+            iou = pairwise_iou(a, b) * (a.labels[:, None] == b.labels[None])
+            assert (iou.max(1, initial=0) > 0.98).all()
+            assert np.abs(a.scores - b.scores[iou.argmax(1)]).max(initial=0) < 1e-3
+
+
+def test_more_objects_than_places(both, trained, tmp_path):
+    """Of a crowd, the K best are kept, as by PyTorch."""
+    _, _, canvases = both
+    source = ModelFolder(trained)
+    network = source.detector("teacher")
+    network.settings = network.settings.model_copy(update={"max_detections": 7})
+    served = ServedDetector(network, (64, 64)).eval()
+    write_onnx(served, source, (64, 64), tmp_path / "model.onnx")
+    ours = served.run(canvases)
+    assert (ours["num_detections"] == 7).all()
+    for engine in ("onnxruntime", "openvino"):
+        theirs = engines.load(tmp_path / "model.onnx", engine)(canvases)
+        assert (theirs["num_detections"] == 7).all()
+        np.testing.assert_allclose(theirs["detection_scores"], ours["detection_scores"], atol=1e-3)
 
 
 def test_an_answer_does_not_depend_on_the_batch(both):
@@ -112,6 +150,105 @@ def test_parity(exported, trained):
     assert parity["onnx_sha256"] == sha256(exported / "model.onnx")
     assert parity["validation_fingerprint"] == ModelFolder(trained).validation().fingerprint()
     assert parity["ap"]["onnxruntime"] == evaluate_onnx(exported / "model.onnx", exported / "validation.json")["AP"]
+
+
+def test_the_parity_report_tells_of_the_engines(exported):
+    found = json.loads((exported / "parity.json").read_text())["engines"]
+    assert {"pytorch-fp32", "onnxruntime-fp32", "openvino-bf16"} == set(found)
+    for facts in found.values():
+        if "images_per_second" in facts:
+            assert all(facts["images_per_second"][batch] > 0 for batch in ("1", "8"))
+        else:  # a processor without it
+            assert "bf16" in facts["refused"]
+    assert found["onnxruntime-fp32"]["ap_loss"] == pytest.approx(0, abs=1e-3)
+
+
+def test_int8_is_a_file_of_its_own_and_refused_if_it_loses_too_much(exported, both, tmp_path):
+    detector, served, canvases = both
+    shutil.copy(exported / "model.onnx", tmp_path)
+    validation = load_coco(str(exported / "validation.json"))
+    ap = {"pytorch": 0.5, "onnxruntime": 0.5}  # far more than the model has
+    settings = ExportSettings(engines=["onnxruntime-int8", "openvino-int8"], max_ap_loss=1)
+    found = measure_engines(tmp_path, served.run, detector, validation, canvases, settings, ap)
+    quantized = tmp_path / "model.int8.onnx"
+    assert quantized.stat().st_size < 0.9 * (tmp_path / "model.onnx").stat().st_size
+    assert OnnxDetector(quantized).categories == detector.categories
+    for name in settings.engines:
+        assert found[name]["ap_loss"] == 0.5 - found[name]["ap"] > 0.1
+        assert "refused" not in found[name]
+    # it had lost far too much, so the backbone is not quantized in the end
+    assert found["onnxruntime-int8"]["fp32_backbone"]
+    weights = {node.input[1] for node in onnx.load(quantized).graph.node if node.op_type == "Conv"}
+    plain = {name for name in weights if not name.endswith("_DequantizeLinear_Output")}
+    assert plain
+    assert all(name.startswith("detector.backbone.") for name in plain)
+    assert not any(name.startswith("detector.backbone.") for name in weights - plain)
+    quantized.unlink()
+    settings = ExportSettings(engines=["onnxruntime-int8"], max_ap_loss=0.01)
+    found = measure_engines(tmp_path, served.run, detector, validation, canvases, settings, ap)
+    assert "AP, 0.01 allowed" in found["onnxruntime-int8"]["refused"]
+    assert not quantized.exists()
+
+
+def test_the_first_layers_may_stay_in_fp32(both, exported):
+    """Cut in two, the graph answers the same; in bf16 it then comes closer to fp32."""
+    detector, served, canvases = both
+    assert detector.finest_map
+    file, exact = exported / "model.onnx", served.run(canvases)
+    if missing := engines.supported("openvino", "bf16"):
+        pytest.skip(missing)
+    differences = []
+    for until in ("", detector.finest_map):
+        answer = engines.load(file, "openvino", "bf16", fp32_until=until)(canvases)
+        assert set(answer) == set(OUTPUTS)
+        difference = 0.0
+        for n in range(len(canvases)):
+            a, b = (to_detections(x, n, (1, 1), (64, 64)) for x in (exact, answer))
+            iou = pairwise_iou(a, b) * (a.labels[:, None] == b.labels[None])
+            difference += float(np.abs(a.scores - b.scores[iou.argmax(1)]).mean())
+        differences.append(difference / len(canvases))
+    assert 0 < differences[1] < differences[0] < 0.02
+
+
+@pytest.mark.parametrize(("loss", "until"), [(0.001, False), (0.02, True)])
+def test_bf16_keeps_the_first_layers_in_fp32_where_it_loses_too_much(
+    exported, both, tmp_path, monkeypatch, loss, until
+):
+    detector, served, canvases = both
+    loaded = []
+
+    def load(path, engine="onnxruntime", precision="fp32", *, fp32_until=""):
+        loaded.append(fp32_until)
+        return served.run
+
+    aps = iter([0.5 - loss, 0.5])
+    monkeypatch.setattr(engines, "load", load)
+    monkeypatch.setattr(engines, "supported", lambda engine, precision: "")
+    monkeypatch.setattr(variants, "score_canvases", lambda *_: {"AP": next(aps)})
+    ap = {"pytorch": 0.5, "onnxruntime": 0.5}
+    validation = load_coco(str(exported / "validation.json"))
+    found = measure_engines(tmp_path, served.run, detector, validation, canvases, ExportSettings(), ap)
+    facts = found["openvino-bf16"]
+    assert (facts.get("fp32_until"), facts["ap_loss"]) == (
+        (detector.finest_map, 0) if until else (None, pytest.approx(loss))
+    )
+
+
+def test_an_engine_that_is_not_there_is_left_out(exported, both, tmp_path, monkeypatch):
+    detector, served, canvases = both
+    shutil.copy(exported / "model.onnx", tmp_path)
+    monkeypatch.setattr(engines, "supported", lambda engine, precision: f"{engine} is not installed")
+    validation, ap = load_coco(str(exported / "validation.json")), {"pytorch": 0.0, "onnxruntime": 0.0}
+    found = measure_engines(tmp_path, served.run, detector, validation, canvases, ExportSettings(), ap)
+    assert found["openvino-bf16"] == {"refused": "openvino is not installed"}
+
+
+def test_profile_is_of_the_validation_set(exported, both):
+    profile = TrafficProfile.read(str(exported / "profile.json"))
+    validation = load_coco(str(exported / "validation.json"))
+    assert (profile.images, profile.classes) == (len(validation), tuple(validation.classes))
+    answers = detect_canvases(both[0].run, OnnxDetector(exported / "model.onnx"), validation, "pytorch")
+    assert profile.histograms["score"].sum() == sum(map(len, answers.values())) > 0
 
 
 def test_what_is_exported_is_what_was_scored(exported, trained, manifests, tmp_path):

@@ -10,7 +10,9 @@ from softteacher.config import load_settings
 from softteacher.data.check import read_image
 from softteacher.detections import paste_masks
 from softteacher.model_folder import ModelFolder
-from softteacher.serving.export import ServedDetector, export
+from softteacher.serving import engines
+from softteacher.serving.export import export
+from softteacher.serving.graph import ServedDetector
 from softteacher.serving.onnx_runtime import OnnxDetector
 from softteacher.serving.outputs import MASKS, OUTPUTS, to_detections
 from softteacher.serving.repository import config, read_onnx_folder
@@ -43,14 +45,15 @@ def test_graph_and_repository(folders):
     assert set(np.load(folders[1] / "smoke.npz").files) == {"images", *OUTPUTS, MASKS}
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_onnx_equals_pytorch(folders, batch):
+def test_onnx_equals_pytorch(folders, batch, engine):
     source, detector = ModelFolder(folders[0]), OnnxDetector(folders[1] / "model.onnx")
     pytorch = source.detector("teacher")
     served = ServedDetector(pytorch, detector.image_size).eval()
     images = [read_image(source.validation(), n)[0] for n in range(batch)]
     canvases, scales = zip(*(detector.letterbox(image) for image in images), strict=True)
-    ours, theirs = (run(np.stack(canvases)) for run in (served.run, detector.run))
+    ours, theirs = (run(np.stack(canvases)) for run in (served.run, engines.load(folders[1] / "model.onnx", engine)))
     assert (ours["num_detections"] > 0).any()
     for n, (image, scale) in enumerate(zip(images, scales, strict=True)):
         a, b = (to_detections(answer, n, scale, image.size) for answer in (ours, theirs))

@@ -12,9 +12,13 @@ import yaml
 
 from softteacher import cli, storage
 from softteacher.config import Settings
+from tests.arrivals import Place, picture
 from tests.samples import TINY, coco_tree, write_coco, write_json
 
-COMMANDS = ("split", "train", "evaluate", "analyze", "rank", "export", "deploy", "predict", "config", "demo")
+COMMANDS = (
+    *("split", "collect", "commit", "train", "config", "evaluate", "analyze", "rank", "watch", "export", "deploy"),
+    *("predict", "demo", "gate", "record", "lineage", "follow", "promote", "rollback", "status"),
+)
 SETS = [part for override in TINY for part in ("--set", override)]
 
 
@@ -33,6 +37,13 @@ def run(monkeypatch, capsys):
         return code, out, [line for line in err.splitlines() if "[###" not in line]
 
     return call
+
+
+def test_help_imports_nothing_that_takes_time():
+    heavy = "('torch', 'onnx', 'onnxruntime', 'faster_coco_eval', 'botocore', 'pydantic', 'numpy', 'PIL', 'urllib3')"
+    script = f"import softteacher.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +98,30 @@ def test_the_main_line(run, digits, trained, exported, tmp_path):
     assert facts == {"images": 3, "first": json.loads((tmp_path / "r" / "ranking.json").read_text())[0]["file_name"]}
 
 
+def test_a_round(run, tmp_path):
+    place = Place(str(tmp_path / "data"), tmp_path)
+    place.put("10.png", picture(10))
+    where = ["--source", place.source, "--state", place.state, "--base", place.base, "--out", tmp_path / "r"]
+    # of the rejected round nothing is used again
+    for expected in (
+        {"enough": True, "round": 1, "new": 1, "unlabeled": 4},
+        {"enough": False, "round": 2, "new": 0, "unlabeled": 3},
+    ):
+        code, printed, _ = run("collect", *where)
+        assert code == 0
+        facts = json.loads(printed.splitlines()[-1])
+        assert facts.items() >= (expected | {"new_labeled": 0, "labeled": 2, "validation": 2}).items()
+        code, printed, _ = run(
+            "commit", "--state", place.state, "--pending", tmp_path / "r", "--rejected", "--run", "x"
+        )
+        assert code == 0
+        assert json.loads(printed.splitlines()[-1])["round"] == (1 if expected["enough"] else None)
+    code, _, err = run("commit", "--state", place.state, "--pending", tmp_path / "nowhere", "--accepted")
+    assert code == 2
+    assert "pending.json: no such file" in err[-1]
+    assert run("commit", "--state", place.state, "--pending", tmp_path / "r")[0] == 2  # neither accepted nor rejected
+
+
 def test_config(run):
     code, out, _ = run("config", "--preset", "demo", "--set", "training.iterations=5")
     assert code == 0
@@ -106,6 +141,7 @@ def bad(tmp_path, name):
     train += ["--validation", folder / "annotations" / "instances_val.json", "--preset", "demo", *SETS]
     train += ["--out", tmp_path / "out"]
     file = folder / "annotations" / "instances_train.json"
+    endpoint = ["--triton", "http://127.0.0.1:9", "--name", "x", "--repository", tmp_path / "out"]
     match name:
         case "no data":
             split[2] = "/nowhere"
@@ -155,31 +191,16 @@ def bad(tmp_path, name):
             return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", folder / "images" / "1.png"]
         case "no image":
             return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", "/nowhere.png"]
-        case "deploy what":
-            return ["deploy", "--triton", "http://127.0.0.1:9", "--name", "x", "--repository", tmp_path / "out"]
         case "deploy nothing":
-            return [
-                "deploy",
-                "--onnx",
-                "/nowhere",
-                "--triton",
-                "http://127.0.0.1:9",
-                "--name",
-                "x",
-                "--repository",
-                tmp_path / "out",
-            ]
+            return ["deploy", "--onnx", "/nowhere", *endpoint]
+        case "canary of all":
+            return ["deploy", "--onnx", "/nowhere", "--canary", "100%", *endpoint]
         case "rollback without triton":
-            return [
-                "deploy",
-                "--rollback",
-                "--triton",
-                "http://127.0.0.1:9",
-                "--name",
-                "x",
-                "--repository",
-                tmp_path / "out",
-            ]
+            return ["rollback", *endpoint]
+        case "promote without triton":
+            return ["promote", *endpoint]
+        case "status of nothing":
+            return ["status", *endpoint[:-1], "s3://bucket/models"]
     return split
 
 
@@ -208,9 +229,11 @@ def bad(tmp_path, name):
         ("no model to export", "/nowhere: no such file or folder"),
         ("no triton", "Triton at http://127.0.0.1:9 can't be reached"),
         ("no image", "/nowhere.png: no such file"),
-        ("deploy what", "give either --onnx DIR or --rollback"),
         ("deploy nothing", "/nowhere: no such file or folder"),
+        ("canary of all", "--canary 100%: is no share of the requests; write 10% or 0.1"),
         ("rollback without triton", "Triton at http://127.0.0.1:9 can't be reached"),
+        ("promote without triton", "Triton at http://127.0.0.1:9 can't be reached"),
+        ("status of nothing", "S3 at http://127.0.0.1:9 can't be reached"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, name, message):

@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from softteacher import storage
+from softteacher.choices import Runner
 from softteacher.config import load_settings
 from softteacher.console import say, track
 from softteacher.data.coco import load_coco
 from softteacher.demo.digits import make_digits
-from softteacher.demo.servers import seaweedfs, triton
+from softteacher.demo.servers import TRITON_IMAGE, check_image, seaweedfs, triton
 from softteacher.errors import UserError
+from softteacher.serving import lineage
 from softteacher.serving.predict import predict, table
 from softteacher.serving.repository import read_champion
 
@@ -33,7 +35,14 @@ DIGITS = ["data.horizontal_flip=0"]  # a mirrored digit is another sign
 
 
 def demo(
-    data: str | None, out: str, *, percent: float | None, preset: str | None, overrides: list[str], keep: bool = False
+    data: str | None,
+    out: str,
+    *,
+    percent: float | None,
+    preset: str | None,
+    overrides: list[str],
+    keep: bool = False,
+    runner: Runner = "subprocess",
 ) -> None:
     """Run the pipeline on the embedded digits or on a user's COCO data set, and ask the deployed endpoint.
 
@@ -44,6 +53,7 @@ def demo(
         preset: of the training; none: `demo` for the digits, `small` for a user's own images.
         overrides: settings, `key=value`.
         keep: leave store and endpoint up until Ctrl-C.
+        runner: what each step runs in, and Triton: a process, or a container of its image.
 
     Raises:
         UserError: bad input, or a server can't be started here.
@@ -60,6 +70,8 @@ def demo(
     load_settings(preset, overrides)
     if data is not None and not storage.is_s3(data) and not Path(data).is_dir():
         raise UserError(f"{data}: no such folder; give one with images/ and annotations/ in COCO format")
+    if runner == "docker":
+        check_image(TRITON_IMAGE)
     folder = Path(out).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -84,16 +96,19 @@ def demo(
         if not url:
             # what an earlier run deployed goes on serving if the gate keeps it
             live = [name] if read_champion(repository, name) else []
-            url = servers.enter_context(triton(repository, folder / "triton", load=live))
+            image = TRITON_IMAGE if runner == "docker" else None
+            url = servers.enter_context(triton(repository, folder / "triton", load=live, image=image)).http
         say(f"server: Triton at {url}, models from {repository}")
 
         steps = _run_pipeline(folder, {
             "data": data,
             "repository": repository,
+            "registry": f"{base}/registry",
             "triton": url,
             "name": name,
             "percent": f"{percent:g}",
             "preset": preset,
+            "runner": runner,
             "triton-backend": "onnxruntime" if "TRITON_URL" in os.environ else "python",
         }, overrides)  # fmt: skip
 
@@ -102,6 +117,7 @@ def demo(
         images = [unseen.uri(i) for i in sorted({n * len(unseen) // QUESTIONS for n in range(QUESTIONS)})]
         facts["answer"] = predict(images, url, name, str(folder / "pictures"))
         facts["places"]["pictures"] = str(folder / "pictures")
+        facts["lineage"] = lineage.lineage(name, repository, f"{base}/registry")
         (folder / "summary.json").write_text(json.dumps(facts, indent=1))
         _print_summary(facts)
         if keep:
@@ -122,8 +138,8 @@ def _upload(data: str, target: str) -> str:
 def _run_pipeline(folder: Path, parameters: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Run `pipeline.py run-local` in a process of its own: the library knows nothing of KFP."""
     outputs = folder / "outputs.json"
-    command = [sys.executable, str(PIPELINE), "run-local", "--baseline", "--stratify", "--outputs", str(outputs)]
-    command += ["--pipeline-root", str(folder / "pipeline")]
+    command = [sys.executable, str(PIPELINE), "run-local", "training", "--baseline", "--stratify"]
+    command += ["--outputs", str(outputs), "--pipeline-root", str(folder / "pipeline")]
     for key, value in parameters.items():
         command += [f"--{key}", value]
     for override in overrides:
@@ -174,6 +190,7 @@ def _print_summary(facts: dict[str, Any]) -> None:
     if not facts["deployed"]:
         print("The gate kept the version that was live: the new one is not better.")
     print(f"The endpoint about images it has not seen:\n{table(facts['answer'])}", end="")
+    print(f"Where it came from:\n{lineage.table(facts['lineage'])}", end="")
     for what, where in facts["places"].items():
         print(f"{what:<8} {where}")
 

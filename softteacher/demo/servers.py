@@ -19,10 +19,12 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from softteacher import storage
+from softteacher import __version__, storage
 from softteacher.errors import UserError
 
+TRITON_IMAGE = f"softteacher/triton:{__version__}"  # what `make images` builds
 OWN_SERVERS = "set TRITON_URL and AWS_ENDPOINT_URL_S3 to servers of your own"
 
 # Runs before the server and becomes it. Linux then ends the server when this process dies, even by SIGKILL.
@@ -34,6 +36,13 @@ if sys.platform == "linux":
         sys.exit("the parent is gone")
 os.execvp(sys.argv[2], sys.argv[2:])
 """
+
+# Confined as in manifests/; --env without a value takes it from the environment, so that no key is on the command line.
+_DOCKER_RUN = (
+    *("docker", "run", "--rm", "--pull=never", "--network=host", "--read-only", "--tmpfs=/tmp", "--shm-size=1g"),
+    *("--cap-drop=ALL", "--security-opt=no-new-privileges", "--no-healthcheck"),  # which asks at the usual port
+    *("--env=AWS_ACCESS_KEY_ID", "--env=AWS_SECRET_ACCESS_KEY", "--env=AWS_SESSION_TOKEN", "--env=AWS_DEFAULT_REGION"),
+)
 
 
 @dataclass(frozen=True)
@@ -122,45 +131,98 @@ def seaweedfs(folder: str | Path) -> Iterator[ObjectStore]:
         yield store
 
 
+@dataclass(frozen=True)
+class TritonUrls:
+    """Where a Triton server listens.
+
+    Attributes:
+        http: URL of its HTTP service.
+        grpc: URL of its gRPC service, `grpc://host:port`.
+        metrics: URL of its metrics in Prometheus's format.
+    """
+
+    http: str
+    grpc: str
+    metrics: str
+
+
 @contextmanager
-def triton(repository: str, folder: str | Path, *, load: Sequence[str] = ()) -> Iterator[str]:
+def triton(
+    repository: str,
+    folder: str | Path,
+    *,
+    load: Sequence[str] = (),
+    at: TritonUrls | None = None,
+    image: str | None = None,
+) -> Iterator[TritonUrls]:
     """A Triton server on loopback for the time of the block, with explicit model control.
 
     Args:
         repository: model repository, a local folder or an S3 URI (by the AWS variables of the environment).
         folder: where its log goes.
-        load: models to load at the start. After a restart nothing else is.
+        load: models to load at the start; `*`: all that can be loaded. After a restart nothing else is.
+        at: where an earlier server listened; by default on free ports.
+        image: run this container image of it instead of the wheel in `.venv-triton`; the repository is then on S3.
 
     Yields:
-        The URL of its HTTP service.
+        Where it listens.
 
     Raises:
-        UserError: this is no Linux x86-64, its environment or libpython is missing, or it did not start.
+        UserError: this is no Linux x86-64, its environment, its image or libpython is missing, or it did not start.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise UserError(f"Triton is started here on Linux x86-64 only; {OWN_SERVERS}")
     folder = Path(folder)
     if not storage.exists(repository):  # Triton refuses a prefix with nothing in it
         storage.write_bytes(storage.join(repository, ".keep"), b"")
-    backends, env = _triton_environment(folder)
-    http, grpc, metrics = _free_port(), _free_port(), _free_port()
-    server = next(iter(_triton_venv().glob("lib/python3.*/site-packages/pytriton/tritonserver/bin/tritonserver")))
-    command = [str(server), f"--model-repository={_for_triton(repository)}", f"--backend-directory={backends}"]
+    if at is None:
+        host = "127.0.0.1"
+        at = TritonUrls(
+            f"http://{host}:{_free_port()}", f"grpc://{host}:{_free_port()}", f"http://{host}:{_free_port()}/metrics"
+        )
+    http, grpc, metrics = (urlsplit(url) for url in (at.http, at.grpc, at.metrics))
+    container = f"softteacher-triton-{http.port}"
+    if image:
+        command, env = [*_DOCKER_RUN, "--name", container, image, "tritonserver"], dict(os.environ)
+    else:
+        backends, env = _triton_environment(folder)
+        server = next(iter(_triton_venv().glob("lib/python3.*/site-packages/pytriton/tritonserver/bin/tritonserver")))
+        command = [str(server), f"--backend-directory={backends}"]
+    command += [f"--model-repository={_for_triton(repository)}"]
     command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in load)]
-    command += ["--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}"]
-    command += ["--metrics-address=127.0.0.1", f"--metrics-port={metrics}", "--exit-timeout-secs=5"]
-    url = f"http://127.0.0.1:{http}"
+    if "*" in load:  # as in manifests/: one broken model must not take the others down
+        command += ["--exit-on-error=false", "--strict-readiness=false"]
+    for name, url in (("http", http), ("grpc", grpc), ("metrics", metrics)):
+        command += [f"--{name}-address={url.hostname}", f"--{name}-port={url.port}"]
+    command += ["--exit-timeout-secs=5"]
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy of the environment
 
     def ready() -> bool:
         try:
-            with opener.open(f"{url}/v2/health/ready", timeout=5) as answer:
+            with opener.open(f"{at.http}/v2/health/ready", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
 
-    with _running("Triton", command, env, folder / "triton.log", ready):
-        yield url
+    try:
+        with _running("Triton", command, env, folder / "triton.log", ready):
+            yield at
+    finally:
+        if image:  # the client hands SIGTERM on to the server; where it had to be killed the server is still there
+            subprocess.run(["docker", "rm", "--force", container], capture_output=True)
+
+
+def check_image(image: str) -> None:
+    """Look whether a container image can be run here.
+
+    Raises:
+        UserError: there is no Docker Engine, or it doesn't have the image.
+    """
+    if not shutil.which("docker"):
+        raise UserError("docker is not installed; install Docker Engine, or run without --runner docker")
+    found = subprocess.run(["docker", "image", "inspect", image], capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"{' '.join(found.stderr.split())} (wanted: {image}, which `make images` builds)")
 
 
 def _triton_venv() -> Path:

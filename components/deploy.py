@@ -8,9 +8,16 @@ from components import TOOLS_IMAGE
 
 
 @dsl.component(base_image=TOOLS_IMAGE, install_kfp_package=False)
-def deploy(onnx: dsl.Input[dsl.Model], repository: str, triton: str, name: str, backend: str, gpu: bool) -> NamedTuple(
-    "Deployed", [("facts", dict)]
-):
+def deploy(
+    onnx: dsl.Input[dsl.Model],
+    repository: str,
+    triton: str,
+    name: str,
+    backend: str,
+    engine: str,
+    gpu: bool,
+    canary: float,
+) -> NamedTuple("Deployed", [("facts", dict)]):
     """Upload a new version, load it, smoke-test it, make it live; on any failure the old version stays live.
 
     Args:
@@ -18,8 +25,10 @@ def deploy(onnx: dsl.Input[dsl.Model], repository: str, triton: str, name: str, 
         repository: Triton model repository, folder or s3:// prefix.
         triton: URL of the Triton server, http://host:port.
         name: Name of the model.
-        backend: onnxruntime, as in NVIDIA's container, or python where Triton has that one only.
+        backend: onnxruntime or openvino, as in NVIDIA's container, or python where Triton has that one only.
+        engine: What runs the model: onnxruntime-fp32, or one of export.engines such as openvino-bf16.
         gpu: Run on Triton's GPUs.
+        canary: Share of the requests, 0 to 1, that the new version gets until `softteacher promote`; 0: it goes live.
 
     Returns:
         facts: What was deployed, the live version among it.
@@ -27,7 +36,8 @@ def deploy(onnx: dsl.Input[dsl.Model], repository: str, triton: str, name: str, 
     import json
 
     from softteacher.serving.deploy import deploy
+    from softteacher.serving.repository import Runtime
 
-    facts = deploy(onnx.path, repository, triton, name, backend=backend, gpu=gpu)
+    facts = deploy(onnx.path, repository, triton, name, runtime=Runtime(backend, engine, gpu), canary=canary or None)
     print(json.dumps({"step": "deploy", **facts}))
     return (facts,)

@@ -16,12 +16,12 @@ def export(model: dsl.Input[dsl.Model], onnx: dsl.Output[dsl.Model], parity: dsl
     """
     import json
 
+    from softteacher.evaluation.metrics import numbers
     from softteacher.serving.export import export
 
     facts = export(model.path, onnx.path)
     onnx.metadata.update(facts)
     for group in ("ap", "batch_1", "batch_4"):
-        for key, value in facts[group].items():
-            if isinstance(value, int | float):
-                parity.log_metric(f"{group}_{key}", value)
+        for key, value in numbers(facts[group]).items():
+            parity.log_metric(f"{group}_{key}", value)
     print(json.dumps({"step": "export", **parity.metadata}))

@@ -13,6 +13,7 @@ def split(
     stratify: bool,
     validation_fraction: float,
     unlabeled: str,
+    fingerprint: str,
     dataset: dsl.Output[dsl.Dataset],
 ):
     """Choose the labelled images of a COCO data set and write the manifests of all parts.
@@ -24,6 +25,7 @@ def split(
         stratify: Give every class a labelled image where the data allows.
         validation_fraction: Share of the images held out for validation; 0 takes the data set's own val json.
         unlabeled: Folder or s3:// prefix of more images, without a json; empty for none.
+        fingerprint: Of the data; KFP takes an earlier result with the same arguments, this one among them.
         dataset: Folder with labeled.json, unlabeled.json, validation.json (they point to the images) and split.json.
     """
     import json
@@ -40,7 +42,7 @@ def split(
         unlabeled=unlabeled or None,
     )
     parts = {part: facts[part] for part in ("labeled", "unlabeled", "validation")}
-    dataset.metadata.update({"data": data, "percent": percent, "fold": fold})
+    dataset.metadata.update({"data": data, "percent": percent, "fold": fold, "data_fingerprint": fingerprint})
     for name, part in parts.items():
         dataset.metadata.update({f"{name}_images": part["images"], f"{name}_fingerprint": part["fingerprint"]})
     print(json.dumps({"step": "split", **dataset.metadata}))

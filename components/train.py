@@ -14,6 +14,8 @@ def train(
     checkpoints: str,
     run: str,
     name: str,
+    init: str,
+    new_share: float,
     processes: int,
     model: dsl.Output[dsl.Model],
 ):
@@ -27,27 +29,34 @@ def train(
         checkpoints: Folder or s3:// prefix for the checkpoints of all runs; empty: in the pod, lost with it.
         run: Id of the run.
         name: Name of the training, one of its own for each in a run.
+        init: Model folder or s3:// prefix of one that the training starts from, over detector.init_from; empty: none.
+        new_share: Share of the unlabelled images of a batch that `collect` found new, over training.new_share; 0: none.
         processes: How many train together, one an accelerator.
         model: Model folder: weights of teacher and student, settings, classes, metrics, provenance.
     """
     import json
+    import os
     from pathlib import Path
 
     from softteacher import storage
     from softteacher.config import load_settings
+    from softteacher.evaluation.metrics import numbers
     from softteacher.training.launch import launch
 
+    os.environ["SOFTTEACHER_RUN"] = run  # for the provenance of the model
+    more = [f"detector.init_from={init}"] if init else []
+    more += [f"training.new_share={new_share}"] if new_share else []
     manifests = Path(dataset.path)
     metrics = launch(
         str(manifests / "labeled.json"),
         str(manifests / "unlabeled.json"),
         str(manifests / "validation.json"),
         model.path,
-        load_settings(preset, [*overrides, f"method.name={method}"]),
+        load_settings(preset, [*overrides, f"method.name={method}", *more]),
         checkpoints=storage.join(checkpoints, run, name, "checkpoints") if checkpoints else None,
         processes=processes,
     )
     # the per-class table and the curves are in the folder's metrics.json
-    numbers = {w: {k: v for k, v in m.items() if isinstance(v, int | float)} for w, m in metrics.items()}
-    model.metadata.update({"method": method, "preset": preset, "overrides": overrides, "metrics": numbers})
+    scores = {weights: numbers(score) for weights, score in metrics.items()}
+    model.metadata.update({"method": method, "preset": preset, "overrides": overrides, "metrics": scores})
     print(json.dumps({"step": "train", **model.metadata}))

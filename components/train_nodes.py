@@ -24,6 +24,8 @@ def train_nodes(
     checkpoints: str,
     run: str,
     name: str,
+    init: str,
+    new_share: float,
     processes: int,
     nodes: int,
     image: str,
@@ -41,6 +43,8 @@ def train_nodes(
         checkpoints: s3:// prefix for the checkpoints of all runs; manifests and model pass through it too.
         run: Id of the run.
         name: Name of the training, one of its own for each in a run.
+        init: s3:// prefix of a model folder that the training starts from, over detector.init_from; empty: none.
+        new_share: Share of the unlabelled images of a batch that `collect` found new, over training.new_share; 0: none.
         processes: How many train together on each node, one an accelerator.
         nodes: How many nodes.
         image: Image of the nodes.
@@ -54,8 +58,14 @@ def train_nodes(
 
     from components.trainjob import train_on_nodes
     from softteacher import storage
+    from softteacher.evaluation.metrics import numbers
 
-    options = [*overrides, f"method.name={method}"]
+    options = [*overrides, f"method.name={method}", *([f"detector.init_from={init}"] if init else [])]
+    options += [f"training.new_share={new_share}"] if new_share else []
+    # for the provenance of the model; this pod's own image is another
+    told = {"SOFTTEACHER_RUN": run, "SOFTTEACHER_IMAGE": image}
+    others = [variable for variable in task_config.env or [] if variable["name"] not in told]
+    task_config.env = [*others, *({"name": key, "value": value} for key, value in told.items())]
     metrics = train_on_nodes(
         TrainerClient(),
         dataset.path,
@@ -68,6 +78,6 @@ def train_nodes(
         shm=shm,
         task=task_config,
     )
-    numbers = {w: {k: v for k, v in m.items() if isinstance(v, int | float)} for w, m in metrics.items()}
-    model.metadata.update({"method": method, "preset": preset, "overrides": overrides, "metrics": numbers})
+    scores = {weights: numbers(score) for weights, score in metrics.items()}
+    model.metadata.update({"method": method, "preset": preset, "overrides": overrides, "metrics": scores})
     print(json.dumps({"step": "train", **model.metadata}))

@@ -27,6 +27,7 @@ from softteacher.errors import UserError
 RUNTIME = constants.DEFAULT_TRAINING_RUNTIME  # torch-distributed
 PARTS = ("labeled", "unlabeled", "validation")
 POLL_SECONDS = 10.0
+LOG_SECONDS = 30.0  # for the end of the log, once the job has ended
 PATIENCE_SECONDS = 600.0  # for an API server that doesn't answer, and for a job to be gone
 GRACE_SECONDS = 60  # from SIGTERM to SIGKILL on the nodes; torchrun gives its workers 30 of them to save
 
@@ -215,7 +216,7 @@ def follow(client: TrainerClient, name: str) -> TrainJob:
             time.sleep(POLL_SECONDS)
     finally:
         ended.set()
-        log.join(POLL_SECONDS)
+        log.join(LOG_SECONDS)
 
 
 def _print_log(client: TrainerClient, name: str, ended: threading.Event) -> None:

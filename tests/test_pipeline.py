@@ -1,19 +1,19 @@
-"""The pipeline compiled, and run on this machine with doubles for the library's six functions."""
+"""The pipelines compiled, and their command line."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from kfp import components
+from typer.testing import CliRunner
 
 import pipeline
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ["--data", "s3://data/cards", "--repository", "s3://models/triton", "--triton", "http://127.0.0.1:8000"]
+ARRIVALS = ["--source", "s3://data/incoming", "--state", "s3://data/state", "--base", "s3://data/splits"]
+ARRIVALS += ["--registry", "s3://models/registry", *REQUIRED[2:]]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -25,47 +25,54 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return exit.value.code, *capsys.readouterr()
 
 
-@pytest.fixture
-def compiled(tmp_path: Path, capsys) -> tuple[dict, dict]:
+def load(folder: Path, name: str = "training") -> tuple[dict, dict]:
     """The two documents of the compiled YAML: pipeline and platform."""
-    options = {
-        **{"--out": tmp_path, "--train-image": "r.example/train:1", "--tools-image": "r.example/tools:1"},
-        **{
-            "--gpus": 2,
-            "--gpu-type": "amd.com/gpu",
-            "--memory": "48Gi",
-            "--cpu": "12",
-            "--shm": "16Gi",
-            "--retries": 3,
-        },
-        **{"--node-selector": "pool=gpu", "--s3-secret": "s3-keys", "--s3-endpoint": "http://s3.example:8333"},
-    }
-    flags = [str(x) for pair in options.items() for x in pair]
-    taints = ["--toleration", "amd.com/gpu=yes:NoSchedule", "--toleration", "spot:NoExecute"]
-    code, out, err = run(capsys, "compile", *flags, *taints)
-    assert (code, err) == (0, "")
-    assert Path(out.strip()) == tmp_path / "training_pipeline.yaml"
-    return tuple(yaml.safe_load_all((tmp_path / "training_pipeline.yaml").read_text()))
+    pipeline, platform = yaml.load_all((folder / f"{name}_pipeline.yaml").read_text(), yaml.CSafeLoader)
+    return pipeline, platform
 
 
-def test_compiled_pipeline_is_one_that_kfp_loads(compiled, tmp_path: Path):
-    loaded = components.load_component_from_file(str(tmp_path / "training_pipeline.yaml"))
+OPTIONS = "--gpus 2 --gpu-type amd.com/gpu --memory 48Gi --cpu 12 --shm 16Gi --retries 3 --node-selector pool=gpu"
+OPTIONS += " --toleration amd.com/gpu=yes:NoSchedule --toleration spot:NoExecute --s3-secret s3-keys"
+OPTIONS += " --s3-endpoint http://s3.example:8333 --train-image r.example/train:1 --tools-image r.example/tools:1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compiled")
+    done = CliRunner().invoke(pipeline.app, ["compile", "--out", str(folder), *OPTIONS.split()])
+    written = [str(folder / f"{name}_pipeline.yaml") for name in ("training", "retraining")]
+    assert (done.exit_code, done.output.split()) == (0, written)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(folder: Path) -> tuple[dict, dict]:
+    return load(folder)
+
+
+def test_compiled_pipeline_is_one_that_kfp_loads(folder: Path):
+    loaded = components.load_component_from_file(str(folder / "training_pipeline.yaml"))
     assert loaded.component_spec.inputs["overrides"].type == "List"
     assert {k for k, v in loaded.component_spec.inputs.items() if not v.optional} == {"data", "repository", "triton"}
+    loaded = components.load_component_from_file(str(folder / "retraining_pipeline.yaml"))
+    required = {k for k, v in loaded.component_spec.inputs.items() if not v.optional}
+    assert required == {"source", "state", "base", "repository", "registry", "triton"}
 
 
 def test_compiled_steps_have_images_resources_and_endpoint(compiled):
     executors = {k: v["container"] for k, v in compiled[0]["deploymentSpec"]["executors"].items()}
     on_gpu = {"exec-train", "exec-train-2", "exec-evaluate", "exec-evaluate-2"}
-    assert set(executors) == on_gpu | {"exec-split", "exec-export", "exec-gate", "exec-deploy"}
+    on_tools = {f"exec-{step}" for step in ("fingerprint", "split", "gate", "deploy", "record", "report")}
+    assert set(executors) == on_gpu | on_tools | {"exec-export"}
     assert {k for k, v in executors.items() if v["image"] == "r.example/train:1"} == on_gpu | {"exec-export"}
     assert {k for k, v in executors.items() if "accelerator" in v["resources"]} == on_gpu
     resources = executors["exec-train"]["resources"]
     assert resources["accelerator"]["resourceType"] == "amd.com/gpu"
     assert resources["accelerator"]["resourceCount"] == "2"
     assert (resources["resourceMemoryLimit"], resources["resourceCpuLimit"]) == ("48Gi", "12")
-    endpoint = [{"name": "AWS_ENDPOINT_URL_S3", "value": "http://s3.example:8333"}]
-    assert [v["env"] for v in executors.values()] == [endpoint] * len(executors)
+    for executor in executors.values():
+        environment = {e["name"]: e["value"] for e in executor["env"]}
+        assert environment == {"AWS_ENDPOINT_URL_S3": "http://s3.example:8333", "SOFTTEACHER_IMAGE": executor["image"]}
     assert not any("pip install" in part for v in executors.values() for part in v["command"])
 
 
@@ -81,18 +88,74 @@ def test_compiled_steps_have_nodes_shared_memory_and_secret(compiled):
     assert (mount["medium"], mount["mountPath"], mount["sizeLimit"]) == ("Memory", "/dev/shm", "16Gi")
     assert "nodeSelector" not in executors["exec-gate"]
     for executor in executors.values():
+        # of the pod's own label: KFP replaces no placeholder in an environment
+        run = {"name": "SOFTTEACHER_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
+        assert executor["fieldPathAsEnv"] == [run]
         [secret] = executor["secretAsEnv"]
         assert secret["secretName"] == "s3-keys"
         assert [k["envVar"] for k in secret["keyToEnv"]] == ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
 
 
-def test_compiled_steps_retry_with_backoff_and_are_not_cached(compiled):
-    steps = [t for t in tasks(compiled[0]).values() if "condition" not in t["componentRef"]["name"]]
-    assert len(steps) == 8
-    for task in steps:
+def steps(document: dict) -> dict[str, dict]:
+    """The tasks that are no group of tasks."""
+    groups = ("comp-condition", "comp-exit-handler", "comp-for-loop")
+    return {name: t for name, t in tasks(document).items() if not t["componentRef"]["name"].startswith(groups)}
+
+
+def test_compiled_steps_retry_with_backoff(compiled):
+    assert len(steps(compiled[0])) == 11
+    for task in steps(compiled[0]).values():
         assert task["retryPolicy"]["maxRetryCount"] == 3
         assert task["retryPolicy"]["backoffDuration"] == "60s"
-        assert "enableCache" not in task["cachingOptions"]
+
+
+@pytest.mark.parametrize(("flag", "cached"), [([], {"split"}), (["--no-cache"], set())])
+def test_only_split_is_cached_and_by_a_fingerprint_of_the_data_that_is_always_taken_anew(
+    tmp_path: Path, capsys, flag, cached
+):
+    run(capsys, "compile", "--out", tmp_path, *flag)
+    document, _ = load(tmp_path)
+    assert {name for name, task in steps(document).items() if task["cachingOptions"].get("enableCache")} == cached
+    given = steps(document)["split"]["inputs"]["parameters"]
+    assert given["fingerprint"]["taskOutputParameter"]["producerTask"] == "fingerprint"
+
+
+def test_compiled_pipeline_reports_its_end(tmp_path: Path, capsys):
+    options = ["--webhook-secret", "chat", "--kfp-ui", "https://kfp.example/pipeline", "--s3-secret", "s3-keys"]
+    run(capsys, "compile", "--out", tmp_path, *options)
+    document, platform = load(tmp_path)
+    [group, report] = document["root"]["dag"]["tasks"].values()  # all other steps are in the group
+    assert report["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    status = report["inputs"]["parameters"].pop("status")
+    assert status == {"taskFinalStatus": {"producerTask": group["taskInfo"]["name"]}}
+    api, ui = "http://ml-pipeline.kubeflow:8888", "https://kfp.example/pipeline"
+    named = {"pipeline": "training-pipeline", "run": "{{$.pipeline_job_uuid}}", "kfp_api": api, "kfp_ui": ui}
+    assert constants(report) == named
+    executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-report"]
+    secrets = {secret["secretName"]: secret["keyToEnv"] for secret in executor["secretAsEnv"]}
+    assert secrets["chat"] == [{"secretKey": "url", "envVar": "SOFTTEACHER_WEBHOOK"}]
+    assert executor["podMetadata"]["labels"] == {"access-ml-pipeline": "true"}
+
+
+def test_compiled_pipeline_has_deadlines_and_a_root(tmp_path: Path, capsys):
+    options = ["--step-timeout", 1.5, "--run-timeout", 48, "--pipeline-root", "s3://artifacts/kfp"]
+    run(capsys, "compile", "--out", tmp_path, *options)
+    document, platform = load(tmp_path)
+    assert document["defaultPipelineRoot"] == "s3://artifacts/kfp"
+    kubernetes = platform["platforms"]["kubernetes"]
+    assert kubernetes["pipelineConfig"] == {"activeDeadlineSeconds": 48 * 3600}
+    executors = kubernetes["deploymentSpec"]["executors"]
+    # a training may take days
+    assert {name for name, e in executors.items() if "activeDeadlineSeconds" not in e} == {"exec-train", "exec-train-2"}
+    assert {e.get("activeDeadlineSeconds", "5400") for e in executors.values()} == {"5400"}
+    run(capsys, "compile", "--out", tmp_path, "--step-timeout", 0)
+    assert "eadline" not in (tmp_path / "training_pipeline.yaml").read_text()
+
+
+def test_the_same_options_compile_to_the_same_bytes(folder: Path, tmp_path: Path, capsys):
+    run(capsys, "compile", "--out", tmp_path, *OPTIONS.split())
+    one, two = (at / "training_pipeline.yaml" for at in (folder, tmp_path))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_compiled_pipeline_has_no_secret_value(tmp_path: Path, capsys, monkeypatch):
@@ -124,7 +187,7 @@ def constants(task: dict) -> dict[str, object]:
 
 def test_compiled_training_has_a_process_an_accelerator_and_checkpoints_of_its_own(tmp_path: Path, capsys):
     run(capsys, "compile", "--out", tmp_path, "--gpus", 4, "--checkpoints", "s3://b/checkpoints")
-    document, _ = yaml.safe_load_all((tmp_path / "training_pipeline.yaml").read_text())
+    document, _ = load(tmp_path)
     for name in ("train", "train-baseline"):
         given = constants(tasks(document)[name])
         # KFP replaces the placeholder of the run's id only where it is the whole value
@@ -134,7 +197,7 @@ def test_compiled_training_has_a_process_an_accelerator_and_checkpoints_of_its_o
     counts = {
         k: v["container"]["resources"]["accelerator"]["resourceCount"]
         for k, v in executors.items()
-        if "-" in k and "accelerator" in v["container"].get("resources", {})
+        if "accelerator" in v["container"].get("resources", {})
     }
     assert counts == {"exec-train": "4", "exec-train-2": "4", "exec-evaluate": "1", "exec-evaluate-2": "1"}
 
@@ -146,7 +209,7 @@ def test_compiled_training_on_many_nodes(tmp_path: Path, capsys):
     code, _, err = run(capsys, "compile", "--out", tmp_path, *options)
     assert (code, err) == (0, "")
     components.load_component_from_file(str(tmp_path / "training_pipeline.yaml"))
-    document, platform = yaml.safe_load_all((tmp_path / "training_pipeline.yaml").read_text())
+    document, platform = load(tmp_path)
     for name, suffix in (("train", ""), ("train-baseline", "-2")):
         given = constants(tasks(document)[name])
         assert (given["nodes"], given["processes"], given["shm"]) == (2, 8, "64Gi")
@@ -161,10 +224,54 @@ def test_compiled_training_on_many_nodes(tmp_path: Path, capsys):
         container = document["deploymentSpec"]["executors"][f"exec-train-nodes{suffix}"]["container"]
         assert container["image"] == "r.example/tools:1"
         assert container["resources"]["accelerator"]["resourceCount"] == "8"
+        # what trains is the image of the nodes, which get the environment
+        assert {"name": "SOFTTEACHER_IMAGE", "value": "r.example/train:1"} in container["env"]
         executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-train-nodes{suffix}"]
         assert executor["nodeSelector"] == {"labels": {"pool": "gpu"}}
         assert [secret["secretName"] for secret in executor["secretAsEnv"]] == ["s3-keys"]
         assert "emptyDirMounts" not in executor  # KFP would mount it here, not on the nodes
+
+
+def ancestors(document: dict, name: str) -> set[str]:
+    """What has to succeed before a task starts: tasks and conditions by their shown names."""
+
+    def walk(dag: dict, before: set[str]) -> set[str] | None:
+        for task in dag["tasks"].values():
+            needed, waits = set(before), list(task.get("dependentTasks", []))
+            while waits:
+                other = dag["tasks"][waits.pop()]
+                needed.add(other["taskInfo"]["name"])
+                waits += other.get("dependentTasks", [])
+            if task["taskInfo"]["name"] == name:
+                return needed
+            inner = document["components"][task["componentRef"]["name"]].get("dag")
+            if inner and (found := walk(inner, needed | {task["taskInfo"]["name"]})):
+                return found
+        return None
+
+    found = walk(document["root"]["dag"], set())
+    assert found is not None
+    return {step for step in found if not step.startswith(("condition-", "exit-handler-", "for-loop-"))}
+
+
+@pytest.mark.parametrize(("shards", "looks"), [(1, set()), (4, {"plan-collect", "shards"})])
+def test_state_moves_when_all_else_has_succeeded(tmp_path: Path, capsys, shards, looks):
+    run(capsys, "compile", "--out", tmp_path, "--shards", shards)
+    document, _ = load(tmp_path, "retraining")
+    components.load_component_from_file(str(tmp_path / "retraining_pipeline.yaml"))
+    collected = {"collect", *looks}
+    trained = {*collected, "enough is new", "champion", "train", "evaluate", "export", "gate"}
+    accepted = {*trained, "better than the champion", "deploy", "record"}
+    assert ancestors(document, "commit-accepted") == accepted
+    assert ancestors(document, "commit-rejected") == {*trained, "not better"}
+    assert ancestors(document, "commit-nothing") == {*collected, "too little is new"}
+    every = steps(document)
+    assert [constants(every[f"commit-{verdict}"])["accepted"] for verdict in ("accepted", "rejected", "nothing")] == [
+        *(True, False, False)
+    ]
+    assert not any(task["cachingOptions"].get("enableCache") for task in every.values())  # it lists what has arrived
+    if shards > 1:
+        assert constants(every["plan-collect"])["shards"] == 4
 
 
 @pytest.mark.parametrize("checkpoints", [[], ["--checkpoints", "/mnt/checkpoints"]])
@@ -176,139 +283,25 @@ def test_many_nodes_need_a_prefix_on_s3(tmp_path: Path, capsys, checkpoints):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--node-selector", "gpu"), ("--toleration", "gpu"), ("--toleration", "gpu:Never"), ("--memory", "lots")],
+    [
+        *[("--node-selector", "gpu"), ("--toleration", "gpu"), ("--toleration", "gpu:Never"), ("--memory", "lots")],
+        *[
+            ("--gpus", "-1"),
+            ("--shards", "0"),
+            ("--retries", "-1"),
+            ("--step-timeout", "nan"),
+            ("--run-timeout", "inf"),
+        ],
+        ("--pipeline-root", "bucket/kfp"),
+    ],
 )
 def test_compile_refuses_in_one_line(tmp_path: Path, capsys, flag, value):
     code, _, err = run(capsys, "compile", "--out", tmp_path, flag, value)
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+    assert flag in err or flag == "--memory"
     assert not (tmp_path / "training_pipeline.yaml").exists()
-
-
-# ---- run-local: the real steps in their real processes; only the library's functions are doubles
-
-DOUBLES = """
-import json, os, sys, types
-from pathlib import Path
-
-def double(path, answer, *files, out=0):
-    module, name = path.rsplit(".", 1)
-    def run(*arguments, **options):
-        with open(os.environ["CALLS"], "a") as calls:
-            print(json.dumps([name, [str(a) for a in arguments], options]), file=calls)
-        print("progress of", name, file=sys.stderr)
-        if name == os.environ.get("BAD_INPUT"):
-            from softteacher.storage import MissingFile
-            try:
-                open("/nowhere")
-            except OSError as error:
-                raise MissingFile("/nowhere: no such file; check the path") from error
-        if name == os.environ.get("BROKEN"):
-            raise ZeroDivisionError("a failure of ours")
-        if name == os.environ.get("STOPPED"):
-            raise SystemExit(143)
-        for file in files:
-            Path(arguments[out]).mkdir(parents=True, exist_ok=True)
-            Path(arguments[out], file).write_text(name)
-        return answer
-    sys.modules[module] = types.ModuleType(module)
-    setattr(sys.modules[module], name, run)
-
-part = {"images": 3, "fingerprint": "f"}
-double("softteacher.data.split.split", {"labeled": part, "unlabeled": part, "validation": part}, "labeled.json", out=1)
-double("softteacher.training.launch.launch", {"teacher": {"AP": .5}}, "settings.yaml", out=3)
-double("softteacher.evaluation.evaluate.evaluate", {"teacher": {"AP": .5}}, "report.html", "detections.json", out=2)
-parity = {"ap": {"onnxruntime": .5}, "batch_1": {}, "batch_4": {}}
-double("softteacher.serving.export.export", parity, "model.onnx", out=1)
-decision = types.SimpleNamespace(deploy="REFUSE" not in os.environ, reason="better", ap=.5, champion_ap=None)
-double("softteacher.serving.gate.gate", decision)
-double("softteacher.serving.deploy.deploy", {"version": 3})
-"""
-
-
-def run_local(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list]:
-    """The finished command, and the library's calls as [function, arguments, options]."""
-    folder.joinpath("sitecustomize.py").write_text(DOUBLES)
-    calls = folder / "calls.jsonl"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "pipeline.py"), "run-local", *REQUIRED, "--preset", "demo", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "CALLS": str(calls), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
-
-
-def test_local_run_with_baseline(tmp_path: Path):
-    done, calls = run_local(
-        tmp_path, "--baseline", "--set", "training.seed=7", "--gate-delta", "0.01", "--outputs", "outputs.json"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    outputs = json.loads((tmp_path / "outputs.json").read_text())
-    steps = ["split", "train", "evaluate", "export", "gate", "deploy", "train-baseline", "evaluate-baseline"]
-    assert set(outputs) == set(steps)
-    assert all(outputs[step]["seconds"] > 0 for step in steps)
-    assert Path(outputs["train"]["model"], "settings.yaml").read_text() == "launch"
-    assert Path(outputs["export"]["onnx"], "model.onnx").is_file()
-    assert Path(outputs["evaluate-baseline"]["results"], "detections.json").is_file()
-    assert outputs["train"]["model"] != outputs["train-baseline"]["model"]
-    assert outputs["evaluate"]["metrics"] == {"teacher_AP": 0.5}
-    assert outputs["gate"]["Output"] is True
-    assert outputs["gate"]["decision"] == {"ap": 0.5, "reason": "better"}
-    assert outputs["deploy"]["facts"] == {"version": 3}
-
-    by_name = {name: (arguments, options) for name, arguments, options in calls}
-    assert by_name["gate"] == ([outputs["export"]["onnx"], "s3://models/triton", "detector"], {"delta": 0.01})
-    deployed = [outputs["export"]["onnx"], *REQUIRED[3::2], "detector"]
-    assert by_name["deploy"] == (deployed, {"backend": "python", "gpu": False})
-    trained = [(arguments, options) for name, arguments, options in calls if name == "launch"]
-    assert ["name='soft_teacher'" in arguments[4] for arguments, _ in trained] == [True, False]
-    assert all("seed=7" in arguments[4] for arguments, _ in trained)
-    assert [options["processes"] for _, options in trained] == [1, 1]
-    assert [options["checkpoints"] for _, options in trained] == [None, None]
-    assert trained[0][0][:3] == trained[1][0][:3]
-
-    assert done.stdout.count("progress of evaluate") == 2
-    assert "KFP Executor" not in done.stdout
-    assert "executor_input" not in done.stdout
-
-
-def test_local_run_that_the_gate_refuses(tmp_path: Path):
-    done, calls = run_local(tmp_path, REFUSE="1")
-    assert done.returncode == 0
-    assert {name for name, *_ in calls} == {"split", "launch", "evaluate", "export", "gate"}
-    assert set(json.loads(done.stdout[done.stdout.index("\n{\n") :])) == {
-        "split",
-        "train",
-        "evaluate",
-        "export",
-        "gate",
-    }
-
-
-def test_local_run_on_bad_input(tmp_path: Path):
-    done, calls = run_local(tmp_path, "--baseline", BAD_INPUT="launch")
-    assert done.returncode == 2
-    assert done.stderr == "error: step train: /nowhere: no such file; check the path\n"
-    assert "Traceback" not in done.stdout
-    assert [name for name, *_ in calls] == ["split", "launch"]
-
-
-def test_local_run_on_a_failure_of_ours(tmp_path: Path):
-    done, _ = run_local(tmp_path, BROKEN="export")
-    assert done.returncode == 1
-    assert done.stderr == "error: step export failed; its output is above\n"
-    assert done.stdout.count("Traceback") == 1
-    assert "ZeroDivisionError: a failure of ours" in done.stdout
-
-
-def test_a_training_that_was_stopped_is_a_step_that_failed(tmp_path: Path):
-    done, calls = run_local(tmp_path, STOPPED="launch")  # as at SIGTERM: KFP tries such a step again
-    assert (done.returncode, done.stderr) == (1, "error: step train failed; its output is above\n")
-    assert [name for name, *_ in calls] == ["split", "launch"]
 
 
 @pytest.mark.parametrize(
@@ -320,13 +313,34 @@ def test_a_training_that_was_stopped_is_a_step_that_failed(tmp_path: Path):
     ],
 )
 def test_settings_are_checked_before_a_step_starts(capsys, arguments, message):
-    code, out, err = run(capsys, "run-local", *REQUIRED, *arguments)
+    code, out, err = run(capsys, "run-local", "training", *REQUIRED, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
 
 
-@pytest.mark.parametrize("command", ["compile", "run-local", "submit"])
+@pytest.mark.parametrize(("option", "value"), [("--new-share", "1.5"), ("--canary", "1"), ("--method", "teacher")])
+def test_a_retraining_is_checked_before_a_step_starts(capsys, option, value):
+    code, out, err = run(capsys, "run-local", "retraining", *ARRIVALS, option, value)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert value in err
+
+
+COMMANDS = ["compile", "run-local training", "submit training", "schedule training", "unschedule", "list", "status"]
+COMMANDS += ["run-local retraining", "submit retraining", "schedule retraining"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(capsys, command):
-    code, out, _ = run(capsys, command, "--help")
+    code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
     assert f"Example: python pipeline.py {command}" in " ".join(out.split())
+
+
+def test_help_says_what_the_pipeline_says_of_its_parameters(capsys):
+    out = {c: " ".join(run(capsys, c, "training", "--help")[1].split()) for c in ("run-local", "submit", "schedule")}
+    for text in out.values():
+        assert "Folder or s3:// prefix with images/ and annotations/, or a COCO json [required]" in text
+        assert "--set <list[str]>" in text
+    # Triton on this machine has the python backend only
+    assert "[default: python]" in out["run-local"]
+    assert "[default: onnxruntime]" in out["submit"]

@@ -81,7 +81,8 @@ class Cluster:
         calls: Verb and kind of each change, such as "create trainjobs".
         asked: Verb and kind of everything that was asked for.
         refuse: Kind of object that the service account may not touch.
-        runtimes: Of the cluster.
+        runtimes: Of the whole cluster.
+        own_runtimes: Of the namespace.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,7 @@ class Cluster:
         self.asked: set[tuple[str, str]] = set()
         self.refuse: str | None = None
         self.runtimes = {"torch-distributed": RUNTIME}
+        self.own_runtimes: dict[str, dict[str, Any]] = {}
         cluster = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -152,8 +154,9 @@ class Cluster:
             self.calls.append(f"{verb} {kind}")
         if kind == self.refuse:
             return request.fail(403, f'{kind} is forbidden: User "runner" cannot {verb} {kind}')
-        if kind == "clustertrainingruntimes" and name in self.runtimes:
-            return request.answer(self.runtimes[name])
+        if kind.endswith("trainingruntimes"):
+            runtimes = self.runtimes if kind.startswith("cluster") else self.own_runtimes
+            return request.answer(runtimes[name]) if name in runtimes else request.fail(404, f"{kind} {name} not found")
         if kind == "trainjobs":
             if method == "POST":
                 body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,10 +14,34 @@ from unittest.mock import Mock, create_autospec
 import pytest
 from kfp import dsl
 
-from components import deploy, evaluate, export, gate, split, train, train_nodes
+from components import (
+    champion,
+    collect,
+    commit,
+    deploy,
+    evaluate,
+    export,
+    fingerprint,
+    gate,
+    record,
+    report,
+    shards,
+    split,
+    train,
+    train_nodes,
+)
 from softteacher.config import load_settings
+from softteacher.serving.repository import Runtime
 
-STEPS = [split.split, train.train, train_nodes.train_nodes, evaluate.evaluate, export.export, gate.gate, deploy.deploy]
+COLLECTING = [collect.collect, collect.plan_collect, collect.hash_images, collect.merge_collect, commit.commit]
+SHARDED = [shards.evaluate_shard, shards.join_evaluation, shards.rank_shard, shards.join_ranking]
+SHARDED += [shards.predict_shard, shards.join_predictions]
+STEPS = [
+    *COLLECTING,
+    *SHARDED,
+    *(fingerprint.fingerprint, split.split, train.train, train_nodes.train_nodes, evaluate.evaluate, export.export),
+    *(gate.gate, deploy.deploy, record.record, champion.champion, report.report),
+]
 
 
 @pytest.fixture
@@ -61,12 +86,37 @@ def test_steps_of_the_tools_image_need_nothing_that_it_lacks():
     script = f"""if True:
         import sys
         sys.modules.update(dict.fromkeys({lacking}))  # an import of these fails from here on
-        import softteacher.data.split, softteacher.serving.gate, softteacher.serving.deploy
+        import softteacher.data.split, softteacher.collecting.collect
+        import softteacher.serving.gate, softteacher.serving.deploy
+        import softteacher.serving.lineage
+        import softteacher.serving.predict
         import softteacher.serving.onnx_runtime  # the gate's, where the champion has to be scored again
-        import components.trainjob
+        import components.ending, components.trainjob
+        import softteacher.data.fingerprint
     """
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("unlabeled", "passed"), [("s3://b/more", "s3://b/more"), ("", None)])
+def test_fingerprint(library, capsys, unlabeled, passed):
+    double = library("softteacher.data.fingerprint.fingerprint", "f1")
+    assert fingerprint.fingerprint.python_func("s3://b/data", unlabeled) == "f1"
+    double.assert_called_once_with("s3://b/data", passed)
+    assert facts(capsys) == {"step": "fingerprint", "data": "s3://b/data", "fingerprint": "f1"}
+
+
+def test_report(library, monkeypatch):
+    double = library("components.ending.tell_ending", "a line")
+    monkeypatch.setenv("SOFTTEACHER_WEBHOOK", "https://chat.example/hook")
+    status = dsl.PipelineTaskFinalStatus("FAILED", "job", "exit-handler-1", 1, None)
+    report.report.python_func(status, "training-pipeline", "0a1b", "http://api", "https://ui")
+    double.assert_called_once_with(
+        *("FAILED", "", "training-pipeline", "0a1b"),
+        kfp_api="http://api",
+        kfp_ui="https://ui",
+        webhook="https://chat.example/hook",
+    )
 
 
 def test_split_of_a_real_data_set(tmp_path: Path, capsys):
@@ -83,13 +133,14 @@ def test_split_of_a_real_data_set(tmp_path: Path, capsys):
         (tmp_path / "annotations" / f"instances_{part}.json").write_text(json.dumps(coco))
     dataset = artifact(dsl.Dataset, tmp_path, "dataset")
 
-    split.split.python_func(str(tmp_path), 20.0, 1, False, 0.0, "", dataset)
+    split.split.python_func(str(tmp_path), 20.0, 1, False, 0.0, "", "f1", dataset)
 
     assert {p.name for p in Path(dataset.path).iterdir()} == {
         *("labeled.json", "unlabeled.json", "validation.json", "split.json")
     }
     counts = {part: dataset.metadata[f"{part}_images"] for part in ("labeled", "unlabeled", "validation")}
     assert counts == {"labeled": 2, "unlabeled": 8, "validation": 10}
+    assert dataset.metadata["data_fingerprint"] == "f1"
     assert facts(capsys) == {"step": "split", **dataset.metadata}
 
 
@@ -101,7 +152,7 @@ def test_split_passes_what_was_asked_for(library, tmp_path: Path, fraction, more
     double = library("softteacher.data.split.split", {"labeled": part, "unlabeled": part, "validation": part})
     dataset = artifact(dsl.Dataset, tmp_path, "dataset")
 
-    split.split.python_func("s3://b/data", 5.0, 2, True, fraction, more, dataset)
+    split.split.python_func("s3://b/data", 5.0, 2, True, fraction, more, "f1", dataset)
 
     assert double.call_args.args == ("s3://b/data", dataset.path)
     assert double.call_args.kwargs == {
@@ -111,26 +162,29 @@ def test_split_passes_what_was_asked_for(library, tmp_path: Path, fraction, more
 
 
 @pytest.mark.parametrize(
-    ("checkpoints", "expected"),
-    [("s3://b/ck/", "s3://b/ck/0a1b/train-baseline/checkpoints"), ("", None)],
+    ("checkpoints", "expected", "init", "new_share"),
+    [("s3://b/ck/", "s3://b/ck/0a1b/train-baseline/checkpoints", "", 0), ("", None, "s3://b/cards/3/model", 0.4)],
 )
-def test_train(library, tmp_path: Path, capsys, checkpoints, expected):
+def test_train(library, tmp_path: Path, capsys, monkeypatch, checkpoints, expected, init, new_share):
+    monkeypatch.setenv("SOFTTEACHER_RUN", "")
     answer = {"teacher": {"AP": 0.5, "curve": [1.0] * 101}}
     double = library("softteacher.training.launch.launch", answer)
     dataset, model = artifact(dsl.Dataset, tmp_path, "dataset"), artifact(dsl.Model, tmp_path, "model")
 
-    train.train.python_func(
-        dataset, "supervised", "demo", ["training.seed=7"], checkpoints, "0a1b", "train-baseline", 4, model
-    )
+    chosen = ("supervised", "demo", ["training.seed=7"])
+    train.train.python_func(dataset, *chosen, checkpoints, "0a1b", "train-baseline", init, new_share, 4, model)
 
     manifests = [str(tmp_path / "dataset" / f"{name}.json") for name in ("labeled", "unlabeled", "validation")]
+    settings = ["training.seed=7", "method.name=supervised", f"detector.init_from={init or 'none'}"]
+    settings.append(f"training.new_share={new_share or 'none'}")
     double.assert_called_once_with(
-        *(*manifests, model.path, load_settings("demo", ["training.seed=7", "method.name=supervised"])),
+        *(*manifests, model.path, load_settings("demo", settings)),
         checkpoints=expected,
         processes=4,
     )
     assert model.metadata["metrics"] == {"teacher": {"AP": 0.5}}
     assert facts(capsys)["method"] == "supervised"
+    assert os.environ["SOFTTEACHER_RUN"] == "0a1b"
 
 
 def test_train_nodes(library, tmp_path: Path, capsys, monkeypatch):
@@ -138,15 +192,18 @@ def test_train_nodes(library, tmp_path: Path, capsys, monkeypatch):
     client = Mock()
     monkeypatch.setattr("kubeflow.trainer.TrainerClient", client)
     dataset, model = artifact(dsl.Dataset, tmp_path, "dataset"), artifact(dsl.Model, tmp_path, "model")
-    task = dsl.TaskConfig(node_selector={"pool": "gpu"})
+    secret = {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "id"}}}
+    tools = {"name": "SOFTTEACHER_IMAGE", "value": "r.example/tools:1"}
+    task = dsl.TaskConfig(node_selector={"pool": "gpu"}, env=[secret, tools])
     settings = ("soft_teacher", "demo", ["training.seed=7"])
-    place = ("s3://b/ck", "0a1b", "train", 8, 2, "r.example/train:1", "16Gi", task)
+    chosen = ("training.seed=7", "method.name=soft_teacher", "detector.init_from=s3://b/m", "training.new_share=0.4")
+    place = ("s3://b/ck", "0a1b", "train", "s3://b/m", 0.4, 8, 2, "r.example/train:1", "16Gi", task)
 
     train_nodes.train_nodes.python_func(dataset, *settings, *place, model)
 
     double.assert_called_once_with(
         *(client.return_value, dataset.path, model.path, "s3://b/ck/0a1b/train"),
-        ["--preset", "demo", "--set", "training.seed=7", "--set", "method.name=soft_teacher"],
+        ["--preset", "demo", *(part for setting in chosen for part in ("--set", setting))],
         image="r.example/train:1",
         nodes=2,
         processes=8,
@@ -154,23 +211,41 @@ def test_train_nodes(library, tmp_path: Path, capsys, monkeypatch):
         task=task,
     )
     assert model.metadata["metrics"] == {"teacher": {"AP": 0.5}}
+    assert task.env == [
+        secret,
+        {"name": "SOFTTEACHER_RUN", "value": "0a1b"},
+        {"name": "SOFTTEACHER_IMAGE", "value": "r.example/train:1"},
+    ]
     assert facts(capsys)["step"] == "train"
 
 
-def test_evaluate(library, tmp_path: Path, capsys):
+@pytest.mark.parametrize("classes", [2, 80])
+def test_evaluate(library, tmp_path: Path, capsys, classes):
+    names = [*map(str, range(classes)), "background"]
+    roc = {"fpr": [0.0, 1.0], "tpr": [0.0, 1.0], "threshold": [1.0, 0.0]}
+    found = {"classes": names, "matrix": [[n] * len(names) for n in range(len(names))], "above": 0.5, "roc": roc}
     scores = {"AP": 0.5, "AP50": 0.7, "per_class": {"ace": 0.5}}
-    answer = {**scores, "teacher": scores, "student": {**scores, "AP": 0.25}}
+    answer = {**scores, "confusion": found, "teacher": scores, "student": {**scores, "AP": 0.25}}
     double = library("softteacher.evaluation.evaluate.evaluate", answer, {"report.html": "<html>real</html>"}, out=2)
     dataset, model = artifact(dsl.Dataset, tmp_path, "dataset"), artifact(dsl.Model, tmp_path, "model")
     metrics, report = artifact(dsl.Metrics, tmp_path, "metrics"), artifact(dsl.HTML, tmp_path, "report")
+    detections = artifact(dsl.ClassificationMetrics, tmp_path, "detections")
+    results = artifact(dsl.Artifact, tmp_path, "results")
 
-    evaluate.evaluate.python_func(dataset, model, metrics, report, artifact(dsl.Artifact, tmp_path, "results"))
+    evaluate.evaluate.python_func(dataset, model, metrics, detections, report, results)
 
     paths = (tmp_path / "model", tmp_path / "dataset" / "validation.json", tmp_path / "results")
     assert double.call_args.args == tuple(map(str, paths))
     expected = {"teacher_AP": 0.5, "teacher_AP50": 0.7, "student_AP": 0.25, "student_AP50": 0.7}
     assert metrics.metadata == expected
     assert Path(report.path).read_text() == "<html>real</html>"
+    assert [point["recall"] for point in detections.metadata["confidenceMetrics"]] == [0.0, 1.0]
+    if classes == 2:
+        shown = detections.metadata["confusionMatrix"]
+        assert [spec["displayName"] for spec in shown["annotationSpecs"]] == names
+        assert shown["rows"] == [{"row": [n] * 3} for n in range(3)]
+    else:
+        assert "confusionMatrix" not in detections.metadata
     assert facts(capsys) == {"step": "evaluate", **expected}
 
 
@@ -190,26 +265,64 @@ def test_export(library, tmp_path: Path, capsys):
     assert facts(capsys) == {"step": "export", **parity.metadata}
 
 
-@pytest.mark.parametrize(("champion", "shown"), [(None, {}), (0.4, {"champion_ap": 0.4})])
-def test_gate(library, tmp_path: Path, capsys, champion, shown):
-    from softteacher.serving.gate import Decision
+@pytest.mark.parametrize(("champion_ap", "shown"), [(None, {}), (0.4, {"champion_ap": 0.4})])
+def test_gate(library, tmp_path: Path, capsys, champion_ap, shown):
+    from softteacher.serving.gate import Bounds, Decision
 
-    answer = Decision(deploy=True, reason="better", ap=0.5, champion_ap=champion)
+    answer = Decision(deploy=True, reason="better", ap=0.5, champion_ap=champion_ap)
+
+    def decide(*_: object, out: str, **__: object) -> Decision:
+        Path(out).mkdir()
+        Path(out, "report.html").write_text("<html>real</html>")
+        return answer
+
     double = library("softteacher.serving.gate.gate", answer)
+    double.side_effect = decide
     onnx, decision = artifact(dsl.Model, tmp_path, "onnx"), artifact(dsl.Metrics, tmp_path, "decision")
+    report, results = artifact(dsl.HTML, tmp_path, "report"), artifact(dsl.Artifact, tmp_path, "results")
+    bounds = (0.01, 0.1, 2.0, True)
 
-    assert gate.gate.python_func(onnx, "s3://b/models", "cards", 0.01, decision) is True
-    double.assert_called_once_with(onnx.path, "s3://b/models", "cards", delta=0.01)
+    assert gate.gate.python_func(onnx, "s3://b/models", "cards", *bounds, decision, report, results) is True
+    double.assert_called_once_with(onnx.path, "s3://b/models", "cards", bounds=Bounds(*bounds), out=results.path)
     assert decision.metadata == {"ap": 0.5, **shown, "reason": "better"}
+    assert Path(report.path).read_text() == "<html>real</html>"
     assert facts(capsys) == {"step": "gate", "deploy": True, **decision.metadata}
 
 
-def test_deploy(library, tmp_path: Path, capsys):
+@pytest.mark.parametrize(("canary", "expected"), [(0.0, None), (0.1, 0.1)])
+def test_deploy(library, tmp_path: Path, capsys, canary, expected):
     double = library("softteacher.serving.deploy.deploy", {"name": "cards", "version": 3})
     onnx = artifact(dsl.Model, tmp_path, "onnx")
 
-    assert deploy.deploy.python_func(onnx, "s3://b/models", "http://t:8000", "cards", "python", True) == (
-        {"name": "cards", "version": 3},
+    assert deploy.deploy.python_func(
+        onnx, "s3://b/models", "http://t:8000", "cards", "python", "openvino-bf16", False, canary
+    ) == ({"name": "cards", "version": 3},)
+    runtime = Runtime("python", "openvino-bf16", gpu=False)
+    double.assert_called_once_with(
+        onnx.path, "s3://b/models", "http://t:8000", "cards", runtime=runtime, canary=expected
     )
-    double.assert_called_once_with(onnx.path, "s3://b/models", "http://t:8000", "cards", backend="python", gpu=True)
     assert facts(capsys) == {"step": "deploy", "name": "cards", "version": 3}
+
+
+def test_record(library, tmp_path: Path, capsys):
+    double = library("softteacher.serving.lineage.record", {"version": 3, "run_id": "0a1b"})
+    entry = {"version": 3, "parents": {"champion": None, "warm_start": None}}
+    chain = library("softteacher.serving.lineage.lineage", {"name": "cards", "live": 3, "versions": [entry]})
+    model, onnx = artifact(dsl.Model, tmp_path, "model"), artifact(dsl.Model, tmp_path, "onnx")
+    results, lineage = artifact(dsl.Artifact, tmp_path, "results"), artifact(dsl.Markdown, tmp_path, "lineage")
+
+    record.record.python_func(model, onnx, results, "s3://b/models", "s3://b/registry", "cards", "0a1b", lineage)
+
+    where = (model.path, onnx.path, "s3://b/models", "cards", "s3://b/registry")
+    double.assert_called_once_with(*where, gate=results.path, run="0a1b")
+    chain.assert_called_once_with("cards", "s3://b/models", "s3://b/registry", 3)
+    assert Path(lineage.path).read_text().startswith("```\ncards version 3 (live)")
+    assert facts(capsys) == {"step": "record", "name": "cards", "version": 3, "run": "0a1b"}
+
+
+def test_champion(library, capsys):
+    double = library("softteacher.serving.lineage.champion_model", "s3://b/registry/cards/3/model")
+    where = ("s3://b/models", "s3://b/registry", "cards")
+    assert champion.champion.python_func(*where) == "s3://b/registry/cards/3/model"
+    double.assert_called_once_with(*where)
+    assert facts(capsys) == {"step": "champion", "model": "s3://b/registry/cards/3/model"}

@@ -273,16 +273,19 @@ def test_a_service_account_without_the_role(cluster, kind):
 
 
 def test_the_roles_of_the_manifests_are_enough(cluster):
+    cluster.own_runtimes["torch-distributed"] = yaml.safe_load((ROOT / "manifests/trainer/runtime.yaml").read_text())
     cluster.controller = controller(["step 1"], "Failed")
+    job = build(cluster)
+    assert job.spec.runtime_ref.kind == "TrainingRuntime"
     with pytest.raises(RuntimeError):
-        trainjob.run(cluster.client(), build(cluster))
+        trainjob.run(cluster.client(), job)
     documents = [
         d for file in (ROOT / "manifests/trainer").glob("*role.yaml") for d in yaml.safe_load_all(file.read_text())
     ]
     rules = [rule for document in documents for rule in document.get("rules", [])]
     granted = {(verb, kind) for rule in rules for verb in rule["verbs"] for kind in rule["resources"]}
     asked = cluster.asked - {("get", "configmaps")}  # Trainer's version, which the SDK can do without
-    assert {("create", "trainjobs"), ("get", "pods/log"), ("get", "clustertrainingruntimes")} <= asked
+    assert {("create", "trainjobs"), ("get", "pods/log"), ("get", "trainingruntimes")} <= asked
     assert asked <= granted
 
 

@@ -6,8 +6,10 @@
 
 Every method has the same number of student iterations and of labelled images an iteration; `supervised_full` has all
 labels. AP is the teacher's (the moving average of the student, which supervised training has too), at the best of the
-same number of validations. A run that was cut off goes on, one whose result is there is not run again. Writes
-`results/accuracy/<name>-<percent>-<method>-<fold>.json` for each run and `results/accuracy-<name>-<percent>.json`.
+same number of validations. The methods share what burn-in made of a fold, which is the supervised run's first part:
+each ends with the bits of a run that did it by itself. A run that was cut off goes on, one whose result is there is not
+run again. Writes `results/accuracy/<name>-<percent>-<method>-<fold>.json` for each run and
+`results/accuracy-<name>-<percent>.json`.
 """
 
 from __future__ import annotations
@@ -65,15 +67,17 @@ def main() -> None:
         if not a.data:
             parser.error("--data is needed to train")
         methods = list(METHODS) if "all" in a.methods else a.methods
-        # what STAC's teacher is made of comes first
-        runs = sorted(((m, f) for m in methods for f in folds), key=lambda run: (run[0] == "stac", run[1]))
+        # what others build on comes first: supervised training makes the burn-in of all, and the model STAC labels with
+        order = {"supervised": 0, "supervised_full": 1}
+        runs = sorted(((m, f) for m in methods for f in folds), key=lambda run: (order.get(run[0], 2), run[1]))
         for fold in folds:
             prepare(a, fold)
+        failed: list[str] = []
         with ThreadPoolExecutor(a.jobs) as pool:
-            done = [pool.submit(one_run, a, method, fold, results) for method, fold in runs if method != "stac"]
-            failed = [str(e) for run in done if (e := run.exception())]
-            done = [pool.submit(one_run, a, method, fold, results) for method, fold in runs if method == "stac"]
-            failed += [str(e) for run in done if (e := run.exception())]
+            for last in (False, True):
+                wave = [run for run in runs if (run[0] == "stac") == last]
+                done = [pool.submit(one_run, a, method, fold, results) for method, fold in wave]
+                failed += [str(e) for run in done if (e := run.exception())]
         if failed:
             sys.exit("\n".join(failed))
     summary = summarize(a.name, a.percent, results)
@@ -109,9 +113,13 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
         overrides.append(f"method.label_model={teacher}")
     settings = what_decides(load_settings(preset, overrides))  # a typing error is told before hours of work
     if file.exists():
-        if json.loads(file.read_text())["settings"] != settings:
+        # a setting that is younger than the result had its default then
+        defaults, earlier = what_decides(Settings()), json.loads(file.read_text())["settings"]
+        if any({**defaults[group], **earlier[group]} != {**defaults[group], **settings[group]} for group in settings):
             raise RuntimeError(f"{file}: is of other settings; delete it to run {title} again")
         return
+    if name != "supervised_full":  # it has other labels
+        overrides.append(f"method.burn_in_cache={data / 'burn_in'}")
     labeled = data / ("full.json" if name == "supervised_full" else "labeled.json")
     command = [sys.executable, "-m", "softteacher", "train", "--labeled", labeled, "--out", out, "--preset", preset]
     command += ["--unlabeled", data / "unlabeled.json", "--validation", data / "validation.json"]
@@ -140,6 +148,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
             if "pseudo_boxes_cls" in row
         ][::5],
         "training": provenance["training"],
+        "precision": provenance["machine"]["precision"],
         "settings": settings,
         "git_sha": provenance["git_sha"],
         **machine(),
@@ -151,11 +160,12 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
 
 def what_decides(settings: Settings) -> dict[str, Any]:
     """The settings that a result depends on: not those of the machine; of files the names."""
-    tree = settings.model_dump(mode="json")
+    tree = settings.model_dump(mode="json", exclude={"export"})
+    machine_only = ("data.workers", "data.cache_dir", "training.threads", "training.device", "method.burn_in_cache")
+    for group, key in (name.split(".") for name in machine_only):
+        del tree[group][key]
     if settings.method.name == "supervised":
         tree["method"] = {key: tree["method"][key] for key in ("name", "label_model", "ema_momentum", "ema_ramp")}
-    for group, key in (("data", "workers"), ("data", "cache_dir"), ("training", "threads"), ("training", "device")):
-        del tree[group][key]
     for group, key in (("detector", "backbone_weights"), ("detector", "init_from"), ("method", "label_model")):
         tree[group][key] = tree[group][key] and Path(tree[group][key]).name
     return tree

@@ -6,15 +6,20 @@ DATA ?=
 PRESET ?=
 SET ?=
 PERCENT ?=
+RUNNER ?=
 OUT ?= demo-output
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
+# where the source is, without what a URL may hold of a password; nothing if it is a folder
+SOURCE ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's,^((https?|ssh)://)([^/@]*@)?,\1,p; s,^git@,git@,p')
+BUILD_ARGS ?=
+IMAGES := image-train image-tools image-triton
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.py)
 
-.PHONY: help venv demo test test-browser lint images clean
+.PHONY: help venv demo test test-browser test-docker lint manifests-check images $(IMAGES) clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
-	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number OUT=folder KEEP=1'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
+	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number OUT=folder KEEP=1 RUNNER=docker'
 
 venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 
@@ -27,12 +32,15 @@ venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 	bash images/triton-venv.sh .venv-triton $(BIN)/python
 	@touch $@
 
-demo: venv  ## the main job, end to end, on this machine
+demo: venv $(if $(filter docker,$(RUNNER)),images)  ## the main job, end to end, on this machine
 	@$(BIN)/softteacher demo --out $(OUT) $(if $(PERCENT),--percent $(PERCENT)) $(if $(DATA),--data "$(DATA)") \
-		$(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') $(if $(KEEP),--keep)
+		$(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') $(if $(KEEP),--keep) \
+		$(if $(RUNNER),--runner $(RUNNER))
 
 test: venv  ## all tests, in two processes
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	@{ command -v promtool || test -x $(BIN)/promtool; } >/dev/null || bash images/promtool.sh $(BIN) 2>/dev/null || \
+		echo "no promtool (Debian's package prometheus): the tests of the alert rules will be skipped"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: venv  ## the report in Debian's chromium
 	@test -x /usr/bin/chromium || test "$$(id -u)" != 0 || { apt-get update -qq && \
@@ -41,14 +49,30 @@ test-browser: venv  ## the report in Debian's chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	$(BIN)/python -m pytest tests/browser
 
-lint: venv  ## ruff and mypy
+test-docker: venv images  ## the images, and the pipeline in them; needs a Docker Engine
+	SOFTTEACHER_TEST_DOCKER=1 $(BIN)/python -m pytest tests/docker
+
+lint: venv  ## ruff, mypy and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint images/*.Dockerfile
 
-images:  ## the container images, by docker
-	docker build --build-arg REVISION=$(REVISION) -f images/train.Dockerfile -t softteacher/train:$(VERSION) .
-	docker build --build-arg REVISION=$(REVISION) -f images/tools.Dockerfile -t softteacher/tools:$(VERSION) .
+manifests-check: venv .venv-checks/.stamp  ## schemas, kubernetes-validate, checkov, promtool on all that kustomize builds
+	@command -v promtool >/dev/null || test -x $(BIN)/promtool || bash images/promtool.sh $(BIN)
+	MANIFESTS_CHECK=1 $(BIN)/python -m pytest tests/manifests
+
+# checkov pins what others pin otherwise
+.venv-checks/.stamp:
+	$(PYTHON) -m venv .venv-checks
+	.venv-checks/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
+	@touch $@
+
+images: $(IMAGES)  ## the container images, by docker; BUILD_ARGS="--build-arg BASE=..." is handed on
+
+$(IMAGES): image-%:
+	docker build $(BUILD_ARGS) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
+		--build-arg SOURCE=$(SOURCE) -f images/$*.Dockerfile -t softteacher/$*:$(VERSION) .
 
 clean:  ## remove what was made here, the environments too
-	rm -rf .venv .venv-triton demo-output build
+	rm -rf .venv .venv-checks .venv-triton demo-output build

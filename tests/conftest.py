@@ -11,7 +11,7 @@ import pytest
 from softteacher.config import load_settings
 from softteacher.data.split import split
 from softteacher.demo.digits import make_digits
-from softteacher.demo.servers import ObjectStore, seaweedfs, triton
+from softteacher.demo.servers import ObjectStore, TritonUrls, seaweedfs, triton
 from softteacher.serving.export import export
 from softteacher.training.train import train
 from tests.samples import TINY
@@ -20,6 +20,7 @@ from tests.samples import TINY
 class TritonServer(NamedTuple):
     url: str
     repository: str
+    urls: TritonUrls
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +52,8 @@ def triton_server(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFa
     if platform.machine() != "x86_64":
         pytest.skip("Triton comes as a wheel for Linux x86-64 only")
     repository = f"{object_store.create_bucket('triton')}/models"
-    with triton(repository, tmp_path_factory.mktemp("triton")) as url:
-        yield TritonServer(url, repository)
+    with triton(repository, tmp_path_factory.mktemp("triton")) as urls:
+        yield TritonServer(urls.http, repository, urls)
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "softteacher"
 LAYERS = (
-    {"errors"},
+    {"errors", "choices"},
     {"detections"},
     {"config", "storage", "s3"},
     {"console"},
     {"device", "distributed"},
     {"data"},
+    {"collecting"},
     {"detectors"},
     {"methods"},
     {"model_folder", "evaluation"},
     {"training"},
+    {"watching"},
     {"serving"},
     {"demo"},
     {"cli"},

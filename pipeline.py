@@ -28,6 +28,7 @@ from components.fingerprint import fingerprint
 from components.gate import gate
 from components.record import record
 from components.report import report
+from components.shards import evaluate_shard, join_evaluation
 from components.split import split
 from components.train import train
 from components.train_nodes import train_nodes
@@ -83,6 +84,23 @@ def collecting(options: ClusterOptions | None, **arguments: Any) -> dsl.Pipeline
     return place(merged, options).set_display_name("collect")
 
 
+def evaluating(name: str, options: ClusterOptions | None, **arguments: Any) -> dsl.PipelineTask:
+    """The task that evaluates, in one pod or with the validation images looked at in many.
+
+    Args:
+        name: Of the evaluation.
+        options: Of the cluster.
+        arguments: For `evaluate`: dataset and model.
+    """
+    gpus = min(options.gpus, 1) if options else 0
+    if options is None or options.shards == 1:
+        return place(evaluate(**arguments), options, heavy=True, gpus=gpus).set_display_name(name)
+    with dsl.ParallelFor(list(range(1, options.shards + 1)), name=f"{name} shards") as number:
+        looked = place(evaluate_shard(**arguments, number=number, of=options.shards), options, heavy=True, gpus=gpus)
+    joined = join_evaluation(**arguments, parts=dsl.Collected(looked.outputs["part"]))
+    return place(joined, options, heavy=True).set_display_name(name)
+
+
 def build_training_pipeline(options: ClusterOptions | None = None) -> GraphComponent:
     """The training pipeline.
 
@@ -90,7 +108,6 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
         options: Of the cluster; none for a run on this machine, where there are no pods to configure.
     """
     placed = partial(place, options=options)
-    gpus = min(options.gpus, 1) if options else 0
 
     @dsl.pipeline(
         name="training-pipeline",
@@ -164,7 +181,7 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
             ).output
             settings = {"dataset": parts, "preset": preset, "overrides": overrides}
             model = training("train", options, method=method, **settings).output
-            placed(evaluate(dataset=parts, model=model), heavy=True, gpus=gpus)
+            evaluating("evaluate", options, dataset=parts, model=model)
             onnx = placed(export(model=model), heavy=True).outputs["onnx"]
             model_name = {"repository": repository, "name": name}
             bounds = {"max_class_drop": max_class_drop, "max_latency_ratio": max_latency_ratio}
@@ -180,8 +197,7 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
                 base = training("train-baseline", options, method="supervised", **settings)
                 if options is None:
                     base.after(decision)  # the local runner goes step by step: a broken run should end before this one
-                scored = placed(evaluate(dataset=parts, model=base.output), heavy=True, gpus=gpus)
-                scored.set_display_name("evaluate-baseline")
+                evaluating("evaluate-baseline", options, dataset=parts, model=base.output)
 
     return training_pipeline
 
@@ -193,7 +209,6 @@ def build_retraining_pipeline(options: ClusterOptions | None = None) -> GraphCom
         options: Of the cluster; none for a run on this machine.
     """
     placed = partial(place, options=options)
-    gpus = min(options.gpus, 1) if options else 0
 
     @dsl.pipeline(
         name="retraining-pipeline",
@@ -276,7 +291,7 @@ def build_retraining_pipeline(options: ClusterOptions | None = None) -> GraphCom
                 start = placed(champion(**model_name, registry=registry))
                 settings = {"preset": preset, "overrides": overrides, "init": start.output, "new_share": new_share}
                 model = training("train", options, dataset=parts, method=method, **settings).output
-                scored = placed(evaluate(dataset=parts, model=model), heavy=True, gpus=gpus)
+                scored = evaluating("evaluate", options, dataset=parts, model=model)
                 onnx = placed(export(model=model), heavy=True).outputs["onnx"]
                 bounds = {"max_class_drop": max_class_drop, "max_latency_ratio": max_latency_ratio}
                 bounds |= {"delta": gate_delta, "require_significant": require_significant}

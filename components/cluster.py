@@ -30,7 +30,7 @@ class ClusterOptions:
         memory: Memory limit of the steps on the train image.
         tools_memory: Memory limit of the steps on the tools image.
         shm: Size of the memory-backed /dev/shm that the loader's workers share.
-        shards: In how many pods at once a retraining looks at the images that arrived.
+        shards: In how many pods at once an evaluation looks at its images, and a retraining at those that arrived.
         node_selector: Node labels that train and evaluate ask for, each label=value.
         tolerations: Taints that train and evaluate tolerate, each key[=value]:effect.
         retries: Times that a failed step is tried again, after 1, 2, 4, ... minutes.

@@ -232,6 +232,29 @@ def test_compiled_training_on_many_nodes(tmp_path: Path, capsys):
         assert "emptyDirMounts" not in executor  # KFP would mount it here, not on the nodes
 
 
+def test_compiled_evaluation_in_shards(tmp_path: Path, capsys):
+    code, _, err = run(capsys, "compile", "--out", tmp_path, "--shards", 3, "--gpus", 4)
+    assert (code, err) == (0, "")
+    components.load_component_from_file(str(tmp_path / "training_pipeline.yaml"))
+    document, _ = load(tmp_path)
+    executors = document["deploymentSpec"]["executors"]
+    for name, suffix in (("evaluate", ""), ("evaluate-baseline", "-2")):
+        looks = tasks(document)[f"{name} shards"]
+        assert looks["parameterIterator"]["items"] == {"raw": "[1, 2, 3]"}
+        [shard] = document["components"][looks["componentRef"]["name"]]["dag"]["tasks"].values()
+        assert constants(shard) == {"of": 3}
+        joined = tasks(document)[name]
+        assert joined["componentRef"]["name"] == f"comp-join-evaluation{suffix}"
+        assert joined["inputs"]["artifacts"]["parts"]["taskOutputArtifact"] == {
+            "producerTask": next(t for t in joined["dependentTasks"] if t.startswith("for-loop")),
+            "outputArtifactKey": "pipelinechannel--evaluate-shard" + suffix + "-part",
+        }
+        # each looks with an accelerator of its own; the scores need none
+        resources = executors[f"exec-evaluate-shard{suffix}"]["container"]["resources"]
+        assert resources["accelerator"]["resourceCount"] == "1"
+        assert "accelerator" not in executors[f"exec-join-evaluation{suffix}"]["container"]["resources"]
+
+
 def ancestors(document: dict, name: str) -> set[str]:
     """What has to succeed before a task starts: tasks and conditions by their shown names."""
 
@@ -254,13 +277,15 @@ def ancestors(document: dict, name: str) -> set[str]:
     return {step for step in found if not step.startswith(("condition-", "exit-handler-", "for-loop-"))}
 
 
-@pytest.mark.parametrize(("shards", "looks"), [(1, set()), (4, {"plan-collect", "shards"})])
-def test_state_moves_when_all_else_has_succeeded(tmp_path: Path, capsys, shards, looks):
+@pytest.mark.parametrize(
+    ("shards", "looks", "scores"), [(1, set(), set()), (4, {"plan-collect", "shards"}, {"evaluate shards"})]
+)
+def test_state_moves_when_all_else_has_succeeded(tmp_path: Path, capsys, shards, looks, scores):
     run(capsys, "compile", "--out", tmp_path, "--shards", shards)
     document, _ = load(tmp_path, "retraining")
     components.load_component_from_file(str(tmp_path / "retraining_pipeline.yaml"))
     collected = {"collect", *looks}
-    trained = {*collected, "enough is new", "champion", "train", "evaluate", "export", "gate"}
+    trained = {*collected, *scores, "enough is new", "champion", "train", "evaluate", "export", "gate"}
     accepted = {*trained, "better than the champion", "deploy", "record"}
     assert ancestors(document, "commit-accepted") == accepted
     assert ancestors(document, "commit-rejected") == {*trained, "not better"}

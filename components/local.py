@@ -115,9 +115,11 @@ def run_local(
     tasks = [task for dag in dags for task in dag.tasks.values()]
     names = {task.component_ref.name.removeprefix("comp-"): task.task_info.name for task in tasks}
     root = Path(pipeline_root).absolute()
+    earlier = set(root.glob(f"{pipeline.name}-*"))
 
-    def written(step: str) -> Path:
-        return max(root.glob(f"{pipeline.name}-*")) / step / "executor_output.json"  # the folders' names are times
+    def written(step: str) -> Path:  # the run's folder is made by the first step that writes
+        run = next((folder for folder in root.glob(f"{pipeline.name}-*") if folder not in earlier), root / "none")
+        return run / step / "executor_output.json"
 
     log = StepLog(sys.stdout, names, lambda step: written(step).is_file())
     if runner == "docker":

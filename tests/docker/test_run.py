@@ -52,7 +52,17 @@ def test_demo_in_containers_serves_what_it_trained(engine, data, tmp_path):
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["deployed"]
-    steps = ("split", "train", "evaluate", "export", "gate", "deploy", "train-baseline", "evaluate-baseline")
+    steps = (
+        "fingerprint",
+        "split",
+        "train",
+        "evaluate",
+        "export",
+        "gate",
+        "deploy",
+        "train-baseline",
+        "evaluate-baseline",
+    )
     assert all(summary["seconds"][step] > 0 for step in steps)
     assert set(summary["ap"]) == {"supervised", "student", "teacher"}
     for place in ("report", "model", "onnx", "pictures"):
@@ -112,16 +122,21 @@ def test_what_steps_write_belongs_to_the_caller_who_is_not_root(engine, s3, digi
 
 
 def test_a_bad_input_is_one_line(engine, tmp_path, capfd):
-    with pytest.raises(UserError, match=r"^step split: /nowhere"):
+    with pytest.raises(UserError, match=r"^step fingerprint: /nowhere"):
         run_local(build_training_pipeline(), {"data": "/nowhere", **PARAMETERS}, str(tmp_path), "docker")
     assert "Traceback" not in capfd.readouterr().out
     assert left_behind(engine) == []
 
 
-def test_a_step_that_kfp_takes_for_a_success_has_failed(engine, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("earlier", [False, True], ids=["first run", "after another"])
+def test_a_step_that_kfp_takes_for_a_success_has_failed(engine, tmp_path, monkeypatch, capfd, earlier):
     """A real container fails, and the engine has removed it before KFP asks for its exit code."""
     import docker
 
+    if earlier:  # what another run wrote is not this one's
+        wrote = tmp_path / "training-pipeline-2026-01-01" / "fingerprint" / "executor_output.json"
+        wrote.parent.mkdir(parents=True)
+        wrote.write_text("{}")
     asked = []
 
     def gone(container) -> None:
@@ -129,7 +144,7 @@ def test_a_step_that_kfp_takes_for_a_success_has_failed(engine, tmp_path, monkey
         raise docker.errors.NotFound("No such container")
 
     monkeypatch.setattr(docker.models.containers.Container, "wait", gone)
-    with pytest.raises(UserError, match=r"^step split: /nowhere"):
+    with pytest.raises(UserError, match=r"^step fingerprint: /nowhere"):
         run_local(build_training_pipeline(), {"data": "/nowhere", **PARAMETERS}, str(tmp_path), "docker")
     assert len(asked) >= 1
 

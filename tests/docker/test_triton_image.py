@@ -22,7 +22,11 @@ DEPLOYMENT = Path(__file__).parents[2] / "manifests/base/deployment.yaml"
 def arguments() -> list[str]:
     """Of the Deployment: with the word tritonserver, as NVIDIA's container wants it."""
     [container] = yaml.safe_load(DEPLOYMENT.read_text())["spec"]["template"]["spec"]["containers"]
-    return [text.replace("$(MODEL_REPOSITORY)", "/models") for text in container["args"]]
+    arguments = [
+        text.replace("s3://$(AWS_ENDPOINT_URL_S3)/$(MODEL_REPOSITORY)", "/models") for text in container["args"]
+    ]
+    assert not any("$(" in text for text in arguments)
+    return arguments
 
 
 @pytest.mark.parametrize("word", [True, False])

@@ -82,6 +82,32 @@ def _bilinear(low: float, high: float, size: int, cells: int) -> tuple[slice, np
     return inside, (1 - np.abs(at[:, None] - np.arange(cells, dtype=np.float32))).clip(min=0)
 
 
+def match_boxes(a: Detections, b: Detections, iou: float) -> list[tuple[int, int]]:
+    """The boxes of two numpy `Detections` that are the same object: of one class, and overlapping.
+
+    Args:
+        a: N boxes; the best score chooses first, each the free box of `b` that it overlaps most.
+        b: M boxes; each is chosen once.
+        iou: of a pair, at least.
+
+    Returns:
+        Pairs (index in `a`, index in `b`), by falling score in `a`.
+
+    Example:
+        >>> a = Detections(np.array([[0., 0., 8., 8.], [1., 0., 9., 8.]]), np.array([.6, .9]), np.array([0, 0]))
+        >>> match_boxes(a, a[[0]], iou=0.5)
+        [(1, 0)]
+    """
+    overlap = np.where(a.labels[:, None] == b.labels, pairwise_iou(a, b), -1.0)
+    pairs = []
+    for row in np.argsort(-a.scores, kind="stable").tolist() if len(b) else []:
+        best = int(overlap[row].argmax())
+        if overlap[row, best] >= iou:
+            overlap[:, best] = -1
+            pairs.append((row, best))
+    return pairs
+
+
 def pairwise_iou(a: Detections, b: Detections) -> np.ndarray:
     """IoU [len(a), len(b)] of the boxes of two numpy `Detections`."""
     low = np.maximum(a.boxes[:, None, :2], b.boxes[None, :, :2])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from softteacher.detections import Detections, paste_masks
+from softteacher.detections import Detections, match_boxes, paste_masks
 
 
 def found(masks):
@@ -65,3 +65,18 @@ def test_pasting_is_bilinear():
 def test_no_detections():
     none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros((0, 28, 28)))
     assert paste_masks(none, 4, 6).shape == (0, 4, 6)
+
+
+def test_the_same_objects_of_two_detectors():
+    a = Detections(
+        np.array([[0.0, 0, 10, 10], [20, 0, 30, 10], [21, 0, 31, 10], [0, 0, 10, 10], [50, 50, 60, 60]]),
+        np.array([0.5, 0.6, 0.9, 0.7, 0.8]),
+        np.array([0, 0, 0, 1, 0]),
+    )
+    b = Detections(np.array([[20.0, 0, 30, 10], [0, 0, 9, 10]]), np.array([0.3, 0.4]), np.array([0, 0]))
+    # the third takes the box that the second overlaps more; the fourth is of another class, the last is alone
+    assert match_boxes(a, b, 0.5) == [(2, 0), (0, 1)]
+    assert match_boxes(a, b, 0.85) == [(1, 0), (0, 1)]
+    assert match_boxes(a, b, 0.95) == [(1, 0)]
+    none = b[np.zeros(2, bool)]
+    assert match_boxes(a, none, 0.5) == match_boxes(none, a, 0.5) == []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from softteacher.detections import Detections, pairwise_iou
+from softteacher.detections import Detections, match_boxes
 from softteacher.errors import UserError
 from softteacher.serving.connection import Connection, NotServed
 from softteacher.serving.served_model import OtherVersion, ServedModel
@@ -82,7 +82,8 @@ class Canary:
             a, b = a[a.scores >= SCORE], b[b.scores >= SCORE]
             self.boxes_live += len(a)
             self.boxes_candidate += len(b)
-            for difference in _score_differences(a, b):
+            for i, j in match_boxes(b, a, IOU):
+                difference = abs(float(a.scores[j]) - float(b.scores[i]))
                 self.matched += 1
                 self.score_difference += (difference - self.score_difference) / self.matched
 
@@ -195,18 +196,3 @@ class CanaryWatch:
                 else:
                     report.add(live, found, (seconds, time.monotonic() - started))
         return found
-
-
-def _score_differences(a: Detections, b: Detections) -> list[float]:
-    """|score difference| of each box of `b` with the box of `a` it overlaps most, best score first, each used once."""
-    if not len(a) or not len(b):
-        return []
-    iou = pairwise_iou(b, a)
-    iou[b.labels[:, None] != a.labels[None]] = 0
-    differences = []
-    for row in np.argsort(-b.scores, kind="stable").tolist():
-        best = int(iou[row].argmax())
-        if iou[row, best] >= IOU:
-            iou[:, best] = 0
-            differences.append(abs(float(a.scores[best]) - float(b.scores[row])))
-    return differences

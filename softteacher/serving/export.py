@@ -14,7 +14,7 @@ from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset
 from softteacher.data.images import inference_size
 from softteacher.data.loader import STRIDE
-from softteacher.detections import Detections, pairwise_iou
+from softteacher.detections import match_boxes
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.model_folder import ModelFolder, sha256
@@ -106,8 +106,8 @@ def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray,
         batch: images per call.
 
     Returns:
-        `boxes` above score .05 on the PyTorch side, how many of them are `matched` (same class, IoU > .5), the largest
-        `score_difference`, `box_difference` (pixels) and, with masks, `mask_difference` among the matched.
+        `boxes` above score .05 on the PyTorch side, how many of them are `matched` (same class, IoU from .5), the
+        largest `score_difference`, `box_difference` (pixels) and, with masks, `mask_difference` among the matched.
     """
     boxes, matched, score_difference, box_difference, mask_difference = 0, 0, 0.0, 0.0, 0.0
     for start in range(0, len(samples), batch):
@@ -117,18 +117,12 @@ def compare(served: ServedDetector, detector: OnnxDetector, samples: np.ndarray,
             a, b = (to_detections(x, n, (1, 1), (served.size[1], served.size[0])) for x in (ours, theirs))
             a = a[a.scores > SCORE]
             boxes += len(a)
-            for k, (box, score, label) in enumerate(zip(a.boxes, a.scores, a.labels, strict=True)):
-                same: Detections = b[b.labels == label]
-                if not len(same):
-                    continue
-                iou = pairwise_iou(a[[k]], same)[0]
-                best = int(iou.argmax())
-                if iou[best] > 0.5:
-                    matched += 1
-                    score_difference = max(score_difference, abs(float(score - same.scores[best])))
-                    box_difference = max(box_difference, float(np.abs(box - same.boxes[best]).max()))
-                    if a.masks is not None:
-                        mask_difference = max(mask_difference, float(np.abs(a.masks[k] - same.masks[best]).max()))
+            for i, j in match_boxes(a, b, iou=0.5):
+                matched += 1
+                score_difference = max(score_difference, abs(float(a.scores[i] - b.scores[j])))
+                box_difference = max(box_difference, float(np.abs(a.boxes[i] - b.boxes[j]).max()))
+                if a.masks is not None:
+                    mask_difference = max(mask_difference, float(np.abs(a.masks[i] - b.masks[j]).max()))
     return {
         "images": len(samples),
         "boxes": boxes,

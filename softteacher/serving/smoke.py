@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from softteacher.detections import pairwise_iou
+from softteacher.detections import match_boxes
 from softteacher.errors import UserError
 from softteacher.serving.client import infer
 from softteacher.serving.outputs import MASKS, OUTPUTS, to_detections
@@ -98,14 +98,12 @@ def _roughly(answer: dict[str, np.ndarray], smoke: dict[str, np.ndarray], who: s
     clear, found, box_difference, score_difference = 0, 0, 0.0, 0.0
     for i in range(len(smoke["images"])):
         recorded, got = (to_detections(x, i, (1, 1), smoke["images"].shape[2:0:-1]) for x in (smoke, answer))
-        for n in np.flatnonzero(recorded.scores >= CLEAR_SCORE):
-            clear += 1
-            overlap = pairwise_iou(recorded[[n]], got)[0] * (got.labels == recorded.labels[n])
-            best = int(overlap.argmax()) if len(overlap) else -1
-            if best >= 0 and overlap[best] >= CLEAR_IOU:
-                found += 1
-                box_difference = max(box_difference, float(np.abs(recorded.boxes[n] - got.boxes[best]).max()))
-                score_difference = max(score_difference, abs(float(recorded.scores[n] - got.scores[best])))
+        recorded = recorded[recorded.scores >= CLEAR_SCORE]
+        clear += len(recorded)
+        for n, m in match_boxes(recorded, got, CLEAR_IOU):
+            found += 1
+            box_difference = max(box_difference, float(np.abs(recorded.boxes[n] - got.boxes[m]).max()))
+            score_difference = max(score_difference, abs(float(recorded.scores[n] - got.scores[m])))
     if found < CLEAR_SHARE * clear:
         raise UserError(f"{who}: of {clear} clear detections that were recorded at export, it finds {found}")
     return {

@@ -14,6 +14,7 @@ from softteacher.demo.digits import make_digits
 from softteacher.demo.servers import ObjectStore, TritonUrls, seaweedfs, triton
 from softteacher.serving.export import export
 from softteacher.training.train import train
+from tests.hand_server import HandServer, hand_server
 from tests.samples import TINY
 
 
@@ -54,6 +55,14 @@ def triton_server(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFa
     repository = f"{object_store.create_bucket('triton')}/models"
     with triton(repository, tmp_path_factory.mktemp("triton")) as urls:
         yield TritonServer(urls.http, repository, urls)
+
+
+@pytest.fixture(scope="module")
+def hand_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandServer]:
+    """Triton with the model `squares`; tests put more into it."""
+    with hand_server(tmp_path_factory.mktemp("hand")) as server:
+        server.put("squares", score=0.6)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The steps in shards, called as Python with a real model and a real Triton: together they give what one step gives."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from components.shards import (
 )
 from softteacher.evaluation.rank import rank
 from softteacher.serving.predict import predict
-from tests.hand_server import HandServer, hand_server
 
 
 def artifact(kind: type, folder: Path, name: str) -> dsl.Artifact:
@@ -31,13 +29,6 @@ def inputs(trained: Path, manifests: Path) -> dict[str, dsl.Artifact]:
         "dataset": artifact(dsl.Dataset, manifests.parent, manifests.name),
         "model": artifact(dsl.Model, trained.parent, trained.name),
     }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandServer]:
-    with hand_server(tmp_path_factory.mktemp("shards")) as server:
-        server.put("squares", score=0.6)
-        yield server
 
 
 def parts(folder: Path) -> list[dsl.Artifact]:
@@ -73,8 +64,8 @@ def test_ranking(inputs, trained, manifests, tmp_path: Path):
     assert json.loads(Path(ranking.path, "ranking.json").read_text()) == rows
 
 
-def test_predictions(server, digits, tmp_path: Path):
-    asked = {"images": [str(digits / "images")], "triton": server.urls.http, "name": "squares"}
+def test_predictions(hand_triton, digits, tmp_path: Path):
+    asked = {"images": [str(digits / "images")], "triton": hand_triton.urls.http, "name": "squares"}
     found, answers = parts(tmp_path), artifact(dsl.Artifact, tmp_path, "answers")
     for n, part in enumerate(found, start=1):
         predict_shard.python_func(**asked, score=0.1, number=n, of=2, part=part)

@@ -23,7 +23,7 @@ from softteacher.errors import UserError
 from softteacher.serving.client import Client
 from softteacher.serving.connection import Unavailable
 from tests.faulty import FaultyProxy
-from tests.hand_server import HandServer, hand_server
+from tests.hand_server import HandServer
 from tests.helpers import CATEGORIES, SIZE, square_image
 
 BOX = (10, 20, 50, 44)
@@ -31,19 +31,12 @@ IMAGE = square_image(BOX)
 NAMES = [c["name"] for c in CATEGORIES]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandServer]:
-    with hand_server(tmp_path_factory.mktemp("client")) as server:
-        server.put("squares", score=0.6)
-        yield server
-
-
-def test_all_protocols_give_the_same_in_order(server: HandServer) -> None:
+def test_all_protocols_give_the_same_in_order(hand_triton: HandServer) -> None:
     """20 images are three batches, of which two are on their way at a time."""
     images = [square_image((5 + i, 6 + i, 60 + i, 30 + i)) for i in range(20)]
     found = {}
     for protocol in ("http", "bare", "grpc"):
-        with Client(server.url(protocol), "squares", concurrency=2) as client:
+        with Client(hand_triton.url(protocol), "squares", concurrency=2) as client:
             assert client.classes == NAMES
             assert client.canary is None
             assert client.predict([]) == []
@@ -59,7 +52,7 @@ def test_all_protocols_give_the_same_in_order(server: HandServer) -> None:
             assert (answers[i].scores.dtype, answers[i].labels.dtype) == (np.float32, np.int64)
 
 
-def test_only_a_few_batches_of_a_stream_are_in_memory(server: HandServer) -> None:
+def test_only_a_few_batches_of_a_stream_are_in_memory(hand_triton: HandServer) -> None:
     taken = []
 
     def endless() -> Iterator[np.ndarray]:
@@ -67,7 +60,7 @@ def test_only_a_few_batches_of_a_stream_are_in_memory(server: HandServer) -> Non
             taken.append(1)
             yield IMAGE
 
-    with Client(server.urls.http, "squares", concurrency=2) as client:
+    with Client(hand_triton.urls.http, "squares", concurrency=2) as client:
         stream = client.stream(endless())
         for _ in range(20):
             assert next(stream).detections.boxes.tolist() == [[*BOX]]
@@ -75,7 +68,7 @@ def test_only_a_few_batches_of_a_stream_are_in_memory(server: HandServer) -> Non
     assert len(taken) <= 20 + (2 + 2) * 8
 
 
-def test_several_batches_are_on_their_way(server: HandServer) -> None:
+def test_several_batches_are_on_their_way(hand_triton: HandServer) -> None:
     """Or Triton's batcher would have nothing to gather."""
     failures = []
 
@@ -85,7 +78,7 @@ def test_several_batches_are_on_their_way(server: HandServer) -> None:
         except UserError as e:
             failures.append(str(e))
 
-    with FaultyProxy(server.urls.http) as proxy, Client(proxy.url, "squares", timeout=3, concurrency=3) as client:
+    with FaultyProxy(hand_triton.urls.http) as proxy, Client(proxy.url, "squares", timeout=3, concurrency=3) as client:
         proxy.seen.clear()
         proxy.always = "stall"
         thread = threading.Thread(target=ask)
@@ -99,12 +92,12 @@ def test_several_batches_are_on_their_way(server: HandServer) -> None:
     assert "did not answer in time" in failures[0]
 
 
-def test_a_photograph_is_decoded_small_and_its_boxes_are_its_own(server: HandServer, tmp_path: Path) -> None:
+def test_a_photograph_is_decoded_small_and_its_boxes_are_its_own(hand_triton: HandServer, tmp_path: Path) -> None:
     box = (1000, 700, 3000, 2200)
     photo = square_image(box, width=4000, height=3000)  # 12 megapixels, the input is 64 high
     Image.fromarray(photo).save(tmp_path / "photo.jpg", quality=95)
     Image.fromarray(photo[:, :-1]).save(tmp_path / "odd.jpg", quality=95)  # can't be halved
-    with Client(server.urls.grpc, "squares") as client:
+    with Client(hand_triton.urls.grpc, "squares") as client:
         paths = [tmp_path / "photo.jpg", tmp_path / "odd.jpg"]
         small, odd = client.stream(paths, keep=True)
         whole, reduced = client.predict([photo, Image.open(tmp_path / "photo.jpg")])
@@ -141,9 +134,9 @@ def bad_jpeg(folder: Path) -> Path:
     ],
 )
 def test_a_bad_image_is_named_and_the_next_is_answered(
-    make: Callable[[Path], Any], message: str, protocol: str, server: HandServer, tmp_path: Path
+    make: Callable[[Path], Any], message: str, protocol: str, hand_triton: HandServer, tmp_path: Path
 ) -> None:
-    with Client(server.url(protocol), "squares") as client:
+    with Client(hand_triton.url(protocol), "squares") as client:
         with pytest.raises(UserError, match=message):
             client.predict([IMAGE, make(tmp_path)])
         answers = list(client.stream([IMAGE, make(tmp_path), IMAGE]))
@@ -154,8 +147,8 @@ def test_a_bad_image_is_named_and_the_next_is_answered(
 
 
 @pytest.mark.parametrize("module", [tritonclient.http, tritonclient.grpc], ids=["http", "grpc"])
-def test_bad_requests_leave_the_server_healthy(module: Any, server: HandServer) -> None:
-    url = server.urls.http if module is tritonclient.http else server.urls.grpc
+def test_bad_requests_leave_the_server_healthy(module: Any, hand_triton: HandServer) -> None:
+    url = hand_triton.urls.http if module is tritonclient.http else hand_triton.urls.grpc
     connection = module.InferenceServerClient(url.split("://")[1])
 
     def ask(images: np.ndarray, kind: str = "UINT8") -> Any:
@@ -176,16 +169,16 @@ def test_bad_requests_leave_the_server_healthy(module: Any, server: HandServer) 
 
 
 @pytest.mark.parametrize("fault", ["reset", "503", "truncate", "answer lost", "reset in the body"])
-def test_what_may_pass_is_asked_again(fault: str, server: HandServer) -> None:
-    with FaultyProxy(server.urls.http) as proxy, Client(proxy.url, "squares") as client:
+def test_what_may_pass_is_asked_again(fault: str, hand_triton: HandServer) -> None:
+    with FaultyProxy(hand_triton.urls.http) as proxy, Client(proxy.url, "squares") as client:
         proxy.seen.clear()
         proxy.faults += [fault, fault]
         assert client.predict([IMAGE])[0].boxes.tolist() == [[*BOX]]
         assert len(proxy.seen) == 3
 
 
-def test_what_stays_wrong_is_told(server: HandServer) -> None:
-    with FaultyProxy(server.urls.http) as proxy, Client(proxy.url, "squares", timeout=1) as client:
+def test_what_stays_wrong_is_told(hand_triton: HandServer) -> None:
+    with FaultyProxy(hand_triton.urls.http) as proxy, Client(proxy.url, "squares", timeout=1) as client:
         proxy.seen.clear()
         proxy.faults.append("500")  # no fault that passes
         with pytest.raises(UserError, match=r"refused: <html>"):
@@ -233,8 +226,8 @@ class TlsRelay(socketserver.ThreadingTCPServer):
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_tls(protocol: str, server: HandServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with TlsRelay(server.url(protocol)) as relay:
+def test_tls(protocol: str, hand_triton: HandServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TlsRelay(hand_triton.url(protocol)) as relay:
         url = f"{protocol}s://127.0.0.1:{relay.server_address[1]}"
         with pytest.raises(UserError, match=f"Triton at {url}.*(TLS fails|can't be reached).*(?i:certificate)"):
             Client(url, "squares", timeout=2)
@@ -264,14 +257,14 @@ def test_something_else_there() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_nothing_there(protocol: str, server: HandServer) -> None:
+def test_nothing_there(protocol: str, hand_triton: HandServer) -> None:
     with pytest.raises(
         Unavailable, match=rf"Triton at {protocol}://127.0.0.1:9 can't be reached \(.*\); check the URL"
     ):
         Client(f"{protocol}://127.0.0.1:9", "squares", timeout=0.5)
     with pytest.raises(UserError, match=r"serves no model unknown; it serves .*squares"):
-        Client(server.url(protocol), "unknown")
-    other = server.url("grpc" if protocol == "http" else "http").partition("://")[2]
+        Client(hand_triton.url(protocol), "unknown")
+    other = hand_triton.url("grpc" if protocol == "http" else "http").partition("://")[2]
     with pytest.raises(UserError, match=f"{protocol}://{other}"):
         Client(f"{protocol}://{other}", "squares", timeout=0.5)
     for url in ("ftp://x", "http://", "http://x:port", "grpc://"):

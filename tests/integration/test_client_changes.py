@@ -4,7 +4,6 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from softteacher.demo.servers import triton
 from softteacher.errors import UserError
 from softteacher.serving.client import Client
-from tests.hand_server import HandServer, hand_server
+from tests.hand_server import HandServer
 from tests.helpers import CATEGORIES, SIZE, square_image
 
 BOX = (10, 20, 50, 44)
@@ -22,16 +21,9 @@ IMAGE = square_image(BOX)
 NAMES = [c["name"] for c in CATEGORIES]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandServer]:
-    with hand_server(tmp_path_factory.mktemp("client")) as server:
-        server.put("squares", score=0.6)
-        yield server
-
-
-def test_a_restart_is_waited_for(server: HandServer, tmp_path: Path) -> None:
+def test_a_restart_is_waited_for(hand_triton: HandServer, tmp_path: Path) -> None:
     """Requests of four threads, half of them by gRPC, go on while Triton is away."""
-    shutil.copytree(server.repository / "squares", tmp_path / "models" / "squares")
+    shutil.copytree(hand_triton.repository / "squares", tmp_path / "models" / "squares")
     with triton(str(tmp_path / "models"), tmp_path, load=["squares"]) as urls:
         clients = [Client(url, "squares", timeout=60) for url in (urls.http, urls.grpc)]
         for client in clients:
@@ -50,11 +42,11 @@ def test_a_restart_is_waited_for(server: HandServer, tmp_path: Path) -> None:
     assert [d.boxes.tolist() for d in found] == [[[*BOX]]] * 4
 
 
-def test_it_follows_the_model_while_many_ask(server: HandServer) -> None:
+def test_it_follows_the_model_while_many_ask(hand_triton: HandServer) -> None:
     """Versions differ in size, in what the labels mean, or in both; every answer has the right class and box."""
     other = {"categories": CATEGORIES[::-1], "label": 0}
     versions = [{"size": (48, 80), **other}, {"size": SIZE, "label": 1}, {"size": SIZE, **other}]
-    server.put("swapped", 1, **versions[1])
+    hand_triton.put("swapped", 1, **versions[1])
     stop, wrong, sizes = threading.Event(), [], set()
     image = square_image((20, 40, 100, 88), width=192, height=128)
 
@@ -70,12 +62,12 @@ def test_it_follows_the_model_while_many_ask(server: HandServer) -> None:
             except Exception as e:
                 wrong.append(e)
 
-    with Client(server.urls.http, "swapped") as by_http, Client(server.urls.grpc, "swapped") as by_grpc:
+    with Client(hand_triton.urls.http, "swapped") as by_http, Client(hand_triton.urls.grpc, "swapped") as by_grpc:
         threads = [threading.Thread(target=ask, args=(client,)) for client in (by_http, by_grpc) * 2]
         for thread in threads:
             thread.start()
         for version in range(2, 6):
-            server.put("swapped", version, **versions[version % 3])
+            hand_triton.put("swapped", version, **versions[version % 3])
             time.sleep(0.3)
         stop.set()
         for thread in threads:
@@ -84,26 +76,26 @@ def test_it_follows_the_model_while_many_ask(server: HandServer) -> None:
     assert sizes == {(48, 80), SIZE}
 
 
-def test_a_model_that_is_away_for_a_moment_is_waited_for(server: HandServer) -> None:
-    server.put("away")
-    with Client(server.urls.http, "away") as client, Client(server.urls.grpc, "away", timeout=0.3) as hasty:
-        server.load("away", unload=True)
+def test_a_model_that_is_away_for_a_moment_is_waited_for(hand_triton: HandServer) -> None:
+    hand_triton.put("away")
+    with Client(hand_triton.urls.http, "away") as client, Client(hand_triton.urls.grpc, "away", timeout=0.3) as hasty:
+        hand_triton.load("away", unload=True)
         with pytest.raises(UserError, match=r"refused: .*away"):
             hasty.predict([IMAGE])
-        timer = threading.Timer(0.5, server.load, ["away"])
+        timer = threading.Timer(0.5, hand_triton.load, ["away"])
         timer.start()
         assert client.predict([IMAGE])[0].boxes.tolist() == [[*BOX]]
         timer.join()
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_canary_gets_its_share_and_is_compared(protocol: str, server: HandServer) -> None:
+def test_a_canary_gets_its_share_and_is_compared(protocol: str, hand_triton: HandServer) -> None:
     """It has another input size, and its classes in another order."""
     name = f"mine-{protocol}"
-    server.put(name, 3, score=0.6)
+    hand_triton.put(name, 3, score=0.6)
     candidate = {"size": (128, 192), "categories": CATEGORIES[::-1], "label": 0, "score": 0.8, "margin": 1}
-    server.put(f"{name}-canary", 1, {"share": 0.5, "version": 7}, **candidate)
-    url = server.url(protocol)
+    hand_triton.put(f"{name}-canary", 1, {"share": 0.5, "version": 7}, **candidate)
+    url = hand_triton.url(protocol)
 
     def scores() -> tuple[list[float], Any]:
         with Client(url, name, seed=5) as client:
@@ -134,10 +126,10 @@ def test_a_canary_gets_its_share_and_is_compared(protocol: str, server: HandServ
         ({"categories": [CATEGORIES[0], {"id": 7, "name": "cat"}]}, "its classes are not those of version 1: .*cat"),
     ],
 )
-def test_a_canary_never_fails_a_request(candidate: dict, message: str, server: HandServer) -> None:
-    server.put("safe", score=0.6)
-    server.put("safe-canary", 1, {"share": 1, "version": 2}, **candidate)
-    with Client(server.urls.http, "safe") as client:
+def test_a_canary_never_fails_a_request(candidate: dict, message: str, hand_triton: HandServer) -> None:
+    hand_triton.put("safe", score=0.6)
+    hand_triton.put("safe-canary", 1, {"share": 1, "version": 2}, **candidate)
+    with Client(hand_triton.urls.http, "safe") as client:
         for _ in range(3):
             assert client.predict([IMAGE])[0].scores.tolist() == [pytest.approx(0.6)]
         canary = client.canary
@@ -147,30 +139,30 @@ def test_a_canary_never_fails_a_request(candidate: dict, message: str, server: H
     assert "3 failures, the last: " in str(canary)
 
 
-def test_a_canary_comes_goes_and_is_followed_by_the_next(server: HandServer) -> None:
-    server.put("watched", score=0.6)
+def test_a_canary_comes_goes_and_is_followed_by_the_next(hand_triton: HandServer) -> None:
+    hand_triton.put("watched", score=0.6)
 
     def score() -> float:
         return round(float(client.predict([IMAGE])[0].scores[0]), 3)
 
-    with Client(server.urls.grpc, "watched", canary_poll=0) as client:
+    with Client(hand_triton.urls.grpc, "watched", canary_poll=0) as client:
         assert (score(), client.canary) == (0.6, None)
-        server.put("watched-canary", 1, {"share": 1, "version": 2}, score=0.7)
+        hand_triton.put("watched-canary", 1, {"share": 1, "version": 2}, score=0.7)
         assert score() == 0.7
-        server.load("watched-canary", unload=True)  # rolled back
+        hand_triton.load("watched-canary", unload=True)  # rolled back
         assert score() == 0.6
         canary = client.canary
         assert canary is not None
         assert (canary.version, canary.requests, canary.failures) == (2, 1, 0)  # still known
-        server.put("watched-canary", 2, {"share": 1, "version": 3}, score=0.8)
+        hand_triton.put("watched-canary", 2, {"share": 1, "version": 3}, score=0.8)
         assert score() == 0.8
         canary = client.canary
         assert canary is not None
         assert (canary.version, canary.requests) == (3, 1)
     # one that vanishes between two looks
-    with Client(server.urls.http, "watched", canary_poll=1e6) as client:
+    with Client(hand_triton.urls.http, "watched", canary_poll=1e6) as client:
         assert score() == 0.8
-        server.load("watched-canary", unload=True)
+        hand_triton.load("watched-canary", unload=True)
         assert [score(), score()] == [0.6, 0.6]
         canary = client.canary
         assert canary is not None

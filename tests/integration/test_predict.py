@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.serving.predict import predict
 from softteacher.watching.profile import TrafficProfile
-from tests.hand_server import HandServer, hand_server
+from tests.hand_server import HandServer
 from tests.helpers import CATEGORIES, square_image
 
 BOX = (60, 30, 240, 150)
@@ -24,19 +24,12 @@ CLASS = CATEGORIES[1]["name"]
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandServer]:
-    with hand_server(tmp_path_factory.mktemp("predict")) as server:
-        server.put("squares", score=0.6)
-        yield server
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: HandServer) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hand_triton: HandServer) -> Run:
     """Run `softteacher predict`; returns exit code, standard output and standard error without progress."""
 
     def call(*arguments: object, name: str = "squares") -> tuple[int, str, str]:
-        base = ["softteacher", "predict", "--triton", server.urls.grpc, "--name", name]
+        base = ["softteacher", "predict", "--triton", hand_triton.urls.grpc, "--name", name]
         monkeypatch.setattr(sys, "argv", [*base, *map(str, arguments)])
         code = 0
         try:
@@ -159,9 +152,9 @@ def test_answers_are_recorded_for_watch(run: Run, tree: Path, tmp_path: Path) ->
     assert profile.histograms["count"].tolist()[:2] == [1, 4]
 
 
-def test_table_score_and_canary(run: Run, server: HandServer, tree: Path) -> None:
-    server.put("two", score=0.6)
-    server.put("two-canary", 1, {"share": 1, "version": 2}, score=0.8)
+def test_table_score_and_canary(run: Run, hand_triton: HandServer, tree: Path) -> None:
+    hand_triton.put("two", score=0.6)
+    hand_triton.put("two-canary", 1, {"share": 1, "version": 2}, score=0.8)
     code, out, err = run(tree / "one.jpg", tree / "sub/one.jpg", tree / "dark.png", name="two")
     assert code == 0
     assert out.count("0.800") == 2
@@ -173,7 +166,7 @@ def test_table_score_and_canary(run: Run, server: HandServer, tree: Path) -> Non
     assert out.count("(nothing)") == 1
 
 
-def test_what_is_wrong_around_it(run: Run, tree: Path, tmp_path: Path, server: HandServer) -> None:
+def test_what_is_wrong_around_it(run: Run, tree: Path, tmp_path: Path, hand_triton: HandServer) -> None:
     assert run(tmp_path / "nowhere")[0] == 2
     code, _, err = run(tree, "--output", tmp_path / "x.json")
     assert code == 2
@@ -184,7 +177,7 @@ def test_what_is_wrong_around_it(run: Run, tree: Path, tmp_path: Path, server: H
     assert len(err.splitlines()) == 1
     assert str(tmp_path / "file") in err
     # the library's function answers all or raises
-    assert [len(a["detections"]) for a in predict([str(tree / "sub")], server.urls.http, "squares")] == [1, 1]
+    assert [len(a["detections"]) for a in predict([str(tree / "sub")], hand_triton.urls.http, "squares")] == [1, 1]
     (tree / "sub" / "bad.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"bad.jpg: empty file"):
-        predict([str(tree / "sub")], server.urls.http, "squares")
+        predict([str(tree / "sub")], hand_triton.urls.http, "squares")

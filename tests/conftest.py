@@ -1,5 +1,6 @@
 """What tests share, made once: the real servers on loopback, and a model from the embedded data set."""
 
+import inspect
 import platform
 import secrets
 from collections.abc import Iterator
@@ -22,6 +23,15 @@ class TritonServer(NamedTuple):
     url: str
     repository: str
     urls: TritonUrls
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stacks_without_source() -> Iterator[None]:
+    """To know its caller's name kfp reads the source of the whole stack, which under pytest takes most of a compilation."""
+    stack = inspect.stack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "stack", lambda context=1: stack(0))
+        yield
 
 
 @pytest.fixture(scope="session")

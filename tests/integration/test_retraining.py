@@ -102,7 +102,7 @@ def a_first_model_goes_live(shop: Shop) -> None:
 def images_and_labels_arrive_and_a_better_one_goes_live(shop: Shop) -> None:
     shop.put("incoming", range(GOOD.start, POISONED.start))
     storage.write_bytes(f"{shop.s3}/labels/2026-06.json", shop.labels(GOOD))
-    made, text = shop.retrain(150)
+    made, text = shop.retrain(100)
     assert set(made) == {
         *("collect", "champion", "train", "evaluate", "export", "gate", "deploy", "record", "commit-accepted", "report")
     }
@@ -130,7 +130,7 @@ def a_poisoned_round_is_rejected(shop: Shop) -> None:
     storage.write_bytes(f"{shop.s3}/incoming/broken.jpg", b"no picture")
     # as from a labelling tool whose classes were numbered anew, of the good scenes, too
     storage.write_bytes(f"{shop.s3}/labels/2026-07.json", shop.labels(GOOD, POISONED, shift=3))
-    made, text = shop.retrain(200)
+    made, text = shop.retrain(120)
     assert set(made) == {*("collect", "champion", "train", "evaluate", "export", "gate", "commit-rejected", "report")}
     assert made["champion"]["Output"] == f"{shop.s3}/registry/{NAME}/2/model"
     collected = json.loads(Path(made["collect"]["dataset"], "collect.json").read_text())

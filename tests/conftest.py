@@ -27,7 +27,7 @@ class TritonServer(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def _stacks_without_source() -> Iterator[None]:
-    """To know its caller's name kfp reads the source of the whole stack, which under pytest takes most of a compilation."""
+    """To know who called it kfp reads the source of the whole stack; under pytest that is most of a compilation."""
     stack = inspect.stack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "stack", lambda context=1: stack(0))

@@ -28,7 +28,7 @@ venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 		{ echo "Python 3.11 or later is needed; make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[pipeline,demo,dev]'
 	bash images/triton-venv.sh .venv-triton $(BIN)/python
 	@touch $@
 

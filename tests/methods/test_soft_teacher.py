@@ -52,6 +52,14 @@ def the_pool(soft_teacher, weak, strong, to_strong):
     return soft_teacher.pseudo_boxes(found, Unlabeled(weak, strong, to_strong, features, weak.noise()))[0]
 
 
+def test_a_state_from_a_checkpoint_moves_to_the_device():
+    """Checkpoints are read to the CPU; `meta` stands for a GPU."""
+    running, state = method(), method().state()
+    running.frequency = running.frequency.to("meta")
+    running.load_state(state)
+    assert running.seen.device.type == "meta"
+
+
 def test_the_method_by_its_name():
     assert isinstance(method(), SoftTeacher)
     assert isinstance(method("method.name=supervised"), Supervised)

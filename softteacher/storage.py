@@ -116,14 +116,17 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
     """Every file below a folder or prefix, sorted by name; nothing if there is none, and not what is being written.
 
     Raises:
-        UserError: the bucket or folder can't be read.
+        UserError: the bucket or folder can't be read, or an object's name would lead out of any folder.
     """
     if is_s3(uri):
         key = s3.split(uri)[1]
         prefix = key.rstrip("/") + "/" if key.strip("/") else ""
         for name, size, tag in s3.objects(uri, prefix):
+            below = name[len(prefix) :]
+            if below.startswith("/") or ".." in below.split("/"):  # it becomes a path where it is copied to
+                raise UserError(f"{uri}: the object {name!r} can't be a file below a folder; remove it, or rename it")
             if not name.endswith("/"):
-                yield FileInfo(name[len(prefix) :], size, tag)
+                yield FileInfo(below, size, tag)
         return
     root = os.fspath(uri)
     if not Path(root).exists():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from softteacher import s3 as s3_module
 from softteacher import storage
 from softteacher.errors import UserError
 
@@ -69,6 +70,16 @@ def test_list_files(base: str) -> None:
     assert names(f"{base}/b") == ["1", "10", "2"]
     assert names(f"{base}/b/") == ["1", "10", "2"]
     assert names(f"{base}/nothing") == []
+
+
+@pytest.mark.parametrize("key", ["model/../../evil", "model/a/../b", "model//etc/evil", "model/.."])
+def test_no_object_is_written_out_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Whoever may write to a bucket may not write to the disks of those who read it."""
+    monkeypatch.setattr(s3_module, "objects", lambda *_, **__: iter([("model/good", 1, ""), (key, 1, "")]))
+    monkeypatch.setattr(s3_module, "download", lambda uri, target: target.write_bytes(b"x"))
+    with pytest.raises(UserError, match=r"the object '.*' can't be a file below a folder; remove it"):
+        storage.copy("s3://bucket/model", tmp_path / "deep" / "model")
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_a_listing_leaves_out_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from softteacher.errors import UserError
 ROTATED = "EXIF rotation"
 MAX_PIXELS = 100_000_000
 PAD = (124, 116, 104)  # the ImageNet mean colour: about zero after normalisation
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow hands others to programs: PostScript is executed
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 # we refuse by our own limit; Pillow would only warn
@@ -46,7 +47,7 @@ def decode(data: bytes, name: str, short_side: int | None = None) -> tuple[Image
         BadImage: it can't be decoded whole, or has more than `MAX_PIXELS`.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{name}: {image.width} x {image.height} pixels is absurdly large; scale it down")
         size = image.size

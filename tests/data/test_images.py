@@ -2,11 +2,12 @@
 
 import io
 import struct
+import subprocess
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from softteacher.data.images import (
     PAD,
@@ -95,6 +96,17 @@ def png(width, height):
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+
+
+def test_no_program_is_started_for_an_image(monkeypatch):
+    """Pillow would hand PostScript to Ghostscript, whatever the file's name says."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *command, **_: started.append(command))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    data = encoded(NOISE, "EPS")
+    with pytest.raises(BadImage, match=r"photo\.jpg: no image"):
+        decode(data, "photo.jpg")
+    assert not started
 
 
 @pytest.mark.parametrize(

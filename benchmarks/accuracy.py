@@ -83,7 +83,8 @@ def main() -> None:
         if failed:
             sys.exit("\n".join(failed))
     summary = summarize(a.name, a.percent, results)
-    (results / f"accuracy-{a.name}-{a.percent:g}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if not a.table:
+        (results / f"accuracy-{a.name}-{a.percent:g}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(table(summary))
 
 
@@ -192,14 +193,15 @@ def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
             "ap_mean": statistics.mean(aps),
             "ap_std": statistics.stdev(aps) if len(aps) > 1 else 0.0,
             "runs": [
-                {"fold": fold, "ap": run["ap"], "ap50": run["ap50"], "student_ap": run["student_ap"]}
-                for fold, run in sorted(runs[method].items())
+                {key: run[key] for key in ("fold", "ap", "ap50", "student_ap", "precision")}
+                | {"processor": run["machine"]["processor"]}
+                for _, run in sorted(runs[method].items())
             ],
         }
         if {"supervised", "supervised_full"} <= set(runs):
             methods[method]["gap_closed"] = gap_closed(runs, method)
     closed = methods.get("soft_teacher", {}).get("gap_closed")
-    return {"dataset": name, "percent": percent, "methods": methods, "gap_closed": closed, **machine()}
+    return {"dataset": name, "percent": percent, "methods": methods, "gap_closed": closed}
 
 
 def gap_closed(runs: dict[str, dict[int, dict[str, Any]]], method: str) -> float | None:

@@ -24,7 +24,12 @@ class Detector(nn.Module):
         classes: number of classes C.
         settings: widths, numbers of proposals, thresholds.
         extra: makes the levels above stride 32.
+
+    Attributes:
+        class_heads: the modules whose rows are classes.
     """
+
+    class_heads: tuple[str, ...]
 
     def __init__(
         self,

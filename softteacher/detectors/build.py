@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from torch import Tensor
 from torchvision.models.convnext import LayerNorm2d
 
@@ -18,13 +21,16 @@ from softteacher.errors import UserError
 LISTED = 10  # names in the line about fresh tensors
 
 
-def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) -> Detector:
+def build(
+    settings: DetectorSettings, classes: int, load_backbone: bool = True, names: Sequence[str] | None = None
+) -> Detector:
     """A detector with fresh heads, or with what it can take over from the one that `init_from` names.
 
     Args:
         settings: architecture and widths.
         classes: number of classes.
         load_backbone: load `backbone_weights` and `init_from`; not needed when all weights are loaded afterwards.
+        names: of the classes, in label order: the heads of a model folder that has others stay fresh.
 
     Raises:
         UserError: the weights are missing, or don't fit the architecture.
@@ -37,16 +43,22 @@ def build(settings: DetectorSettings, classes: int, load_backbone: bool = True) 
         for block, width in zip(detector.fpn.inner_blocks, channels[detector.first_level :], strict=True):
             block.insert(0, LayerNorm2d(width))
     if load_backbone and settings.init_from is not None:
-        _start_from(detector, settings.init_from)
+        _start_from(detector, settings.init_from, names)
     return detector
 
 
-def _start_from(detector: Detector, source: str) -> None:
+def _start_from(detector: Detector, source: str, names: Sequence[str] | None) -> None:
     """Take over every tensor of the same name and shape; say which stay fresh, as heads of other classes do."""
     where = f"detector.init_from={source}"
-    file = source if source.endswith((".pt", ".pth")) else storage.join(source, "teacher.pt")
-    state, own = read_state(file, where), detector.state_dict()
-    taken = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
+    is_file = source.endswith((".pt", ".pth"))
+    state, own = read_state(source if is_file else storage.join(source, "teacher.pt"), where), detector.state_dict()
+    there = None if is_file else _classes(source, where)
+    others = names is not None and there is not None and list(names) != there
+    taken = {
+        k: state[k]
+        for k, v in own.items()
+        if k in state and state[k].shape == v.shape and not (others and k.split(".")[0] in detector.class_heads)
+    }
     name = detector.settings.name
     if not taken:
         raise UserError(f"{where}: has no tensor of {name}; give a model folder, or a state dict, of this architecture")
@@ -59,12 +71,24 @@ def _start_from(detector: Detector, source: str) -> None:
             "detector.frozen_stages=0, or give detector.backbone_weights too"
         )
     detector.load_state_dict(taken, strict=False)
-    names = [f"{k} {_shape(own[k])}" + (f", there {_shape(state[k])}" if k in state else "") for k in fresh[:LISTED]]
+    there_too = {k: f", there {_shape(state[k])}" for k in fresh if k in state and state[k].shape != own[k].shape}
+    shown = [f"{k} {_shape(own[k])}{there_too.get(k, '')}" for k in fresh[:LISTED]]
     more = f"; and {len(fresh) - LISTED} more" if len(fresh) > LISTED else ""
     say(
         f"detector: {len(taken)} of {len(own)} tensors from {source}"
-        + (f"; fresh are: {'; '.join(names)}{more}" if fresh else "")
+        + (f"; fresh are: {'; '.join(shown)}{more}" if fresh else "")
+        + (f"; the classes there are {', '.join(there or ())[:200]}" if others else "")
     )
+
+
+def _classes(source: str, where: str) -> list[str] | None:
+    """The class names of a model folder, in label order; none if it doesn't say."""
+    try:
+        return [str(row["name"]) for row in json.loads(storage.read_bytes(storage.join(source, "classes.json")))]
+    except storage.MissingFile:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{where}: classes.json is not ours; copy the whole model folder again") from None
 
 
 def _shape(tensor: Tensor) -> str:

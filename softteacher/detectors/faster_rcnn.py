@@ -43,6 +43,8 @@ class FasterRCNN(Detector):
         settings: widths, numbers of proposals, thresholds.
     """
 
+    class_heads: tuple[str, ...] = ("head_logits", "head_deltas")
+
     def __init__(self, backbone: nn.ModuleList, channels: list[int], classes: int, settings: DetectorSettings) -> None:
         super().__init__(backbone, channels, classes, settings, LastLevelMaxPool())
         self.strides = STRIDES[self.first_level :]

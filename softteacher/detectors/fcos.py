@@ -58,6 +58,8 @@ class FCOS(Detector):
         settings: widths, thresholds; `finest_stride` is always 8.
     """
 
+    class_heads = ("head_logits",)
+
     def __init__(self, backbone: nn.ModuleList, channels: list[int], classes: int, settings: DetectorSettings) -> None:
         settings = settings.model_copy(update={"finest_stride": STRIDES[0]})
         width = settings.fpn_channels

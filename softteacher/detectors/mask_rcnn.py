@@ -29,6 +29,8 @@ class MaskRCNN(FasterRCNN):
         settings: widths, numbers of proposals, thresholds.
     """
 
+    class_heads = (*FasterRCNN.class_heads, "mask_logits")
+
     def __init__(self, backbone: nn.ModuleList, channels: list[int], classes: int, settings: DetectorSettings) -> None:
         super().__init__(backbone, channels, classes, settings)
         width, inputs = settings.mask_channels, [settings.fpn_channels, *[settings.mask_channels] * 3]

@@ -41,6 +41,34 @@ def test_other_classes(tmp_path, capsys, name, place):
     assert not torch.equal(again["rpn_conv.weight"], given["rpn_conv.weight"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "heads"), [("fasterrcnn", HEADS), ("fcos", {"head_logits.weight", "head_logits.bias"})]
+)
+def test_as_many_classes_but_others(tmp_path, capsys, kind, heads):
+    chosen = settings("tiny", f"detector.name={kind}_tiny_fpn", f"detector.init_from={tmp_path}")
+    torch.manual_seed(7)
+    given = build(chosen.model_copy(update={"init_from": None}), 3).state_dict()
+    torch.save(
+        {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in given.items()}, tmp_path / "teacher.pt"
+    )
+    (tmp_path / "classes.json").write_text(
+        '[{"id": 1, "name": "ace"}, {"id": 4, "name": "king"}, {"id": 7, "name": "ten"}]'
+    )
+    given = torch.load(tmp_path / "teacher.pt")
+
+    def fresh(*names):
+        state = build(chosen, 3, names=names).state_dict()
+        return {k for k, v in state.items() if not torch.equal(v, given[k])}
+
+    assert fresh("ace", "king", "ten") == set()
+    capsys.readouterr()
+    assert fresh("king", "ace", "ten") == heads
+    assert "; the classes there are ace, king, ten" in capsys.readouterr().err
+    (tmp_path / "classes.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"classes\.json is not ours"):
+        fresh("ace", "king", "ten")
+
+
 def test_the_same_classes_of_s3(tmp_path, capsys, s3):
     torch.save(source(3), tmp_path / "teacher.pt")
     storage.copy(tmp_path, f"{s3}/model")

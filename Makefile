@@ -6,6 +6,7 @@ DATA ?=
 PRESET ?=
 SET ?=
 PERCENT ?=
+UNLABELED ?=
 RUNNER ?=
 OUT ?= demo-output
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
@@ -19,7 +20,7 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
-	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number OUT=folder KEEP=1 RUNNER=docker'
+	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number UNLABELED=folder OUT=folder KEEP=1 RUNNER=docker'
 
 venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 
@@ -34,6 +35,7 @@ venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 
 demo: venv $(if $(filter docker,$(RUNNER)),images)  ## the main job, end to end, on this machine
 	@$(BIN)/softteacher demo --out $(OUT) $(if $(PERCENT),--percent $(PERCENT)) $(if $(DATA),--data "$(DATA)") \
+		$(if $(UNLABELED),--unlabeled "$(UNLABELED)") \
 		$(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') $(if $(KEEP),--keep) \
 		$(if $(RUNNER),--runner $(RUNNER))
 

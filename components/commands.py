@@ -18,6 +18,7 @@ from components.server import Server, is_enabled, read_package
 from components.steps import steps_of
 from softteacher.choices import Backend, Runner, ServedEngine
 from softteacher.config import load_settings
+from softteacher.data.split import check_percent
 from softteacher.errors import UserError
 
 Build = Callable[[ClusterOptions | None], GraphComponent]
@@ -163,8 +164,7 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
 def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a pipeline, if a run with them can begin."""
     load_settings(parameters["preset"], [*parameters["overrides"], f"method.name={parameters['method']}"])
-    if not 0 < parameters.get("percent", 10) < 100:
-        raise UserError(f"--percent {parameters['percent']:g}: must be more than 0 and less than 100, e.g. 10")
+    check_percent(parameters.get("percent", 10), parameters.get("unlabeled"))
     if not 0 <= parameters.get("new_share", 0) <= 1:
         raise UserError(f"--new-share {parameters['new_share']:g}: must be from 0 to 1, e.g. 0.5")
     if not 0 <= parameters.get("canary", 0) < 1:

@@ -20,7 +20,7 @@ def split(
 
     Args:
         data: Folder or s3:// prefix with images/ and annotations/, or a COCO json.
-        percent: Share of the training images that is labelled, more than 0 and less than 100.
+        percent: Share of the training images that is labelled, more than 0; less than 100 if there are no others.
         fold: Number of the fold, from 1.
         stratify: Give every class a labelled image where the data allows.
         validation_fraction: Share of the images held out for validation; 0 takes the data set's own val json.

@@ -226,7 +226,7 @@ class TrainingSettings(_Group):
         description="learning rate of the backbone over lr; pretrained ones want less",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="of SGD")
+    weight_decay: float = Field(1e-4, ge=0, description="of either optimizer")
     warmup_iterations: int = Field(500, ge=0, description="linear warm-up of the learning rate")
     lr_schedule: Literal["step", "cosine"] = Field("step", description="how lr falls after warm-up; cosine: to 0")
     warmup_factor: float = Field(0.001, gt=0, le=1, description="learning rate at the first step, share of lr")

@@ -216,7 +216,7 @@ def bad(tmp_path, name):
         ("leaves", "image 3: file_name '../../secret.png' leaves the image folder"),
         ("leaves by link", "image 3: file_name '3.png' leaves the image folder by a link"),
         ("two broken images", "2 of 8 images are missing or broken, 1 allowed"),
-        ("percent", "--percent 100: must be"),
+        ("percent", "--percent 100: leaves no unlabelled image; give others with --unlabeled"),
         ("out is a file", "out: is a file, but a folder is needed"),
         ("out under a file", "is a file where a folder is needed"),
         ("no s3", "s3://bucket/data: S3 at http://127.0.0.1:9 can't be reached"),
@@ -310,4 +310,4 @@ def test_as_a_program(data, tmp_path):
     )
     wrong = subprocess.run([*command, "--percent", "0", "--out", str(tmp_path / "b")], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.splitlines() == ["error: --percent 0: must be more than 0 and less than 100, e.g. 10"]
+    assert wrong.stderr.splitlines() == ["error: --percent 0: must be more than 0 and at most 100, e.g. 10"]

@@ -17,6 +17,7 @@ def demo(
     data: Annotated[str | None, typer.Option(help="Your COCO data set, folder or s3://; by default digits.")] = None,
     out: Annotated[str, typer.Option(help="Folder for everything the run makes.")] = "demo-output",
     percent: Annotated[float | None, typer.Option(help="Labelled share; by default 10, of the digits 5.")] = None,
+    unlabeled: Annotated[str | None, typer.Option(help="More images without a json, folder or s3://.")] = None,
     preset: Preset = None,
     overrides: Set = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up until Ctrl-C.")] = False,
@@ -25,4 +26,12 @@ def demo(
     """The main job on this machine: the pipeline with a real S3 store and a real Triton, then the endpoint is asked."""
     from softteacher.demo.run import demo as run
 
-    run(data, out, percent=percent, preset=preset, overrides=overrides or [], keep=keep, runner=runner)
+    run(
+        *(data, out),
+        percent=percent,
+        unlabeled=unlabeled,
+        preset=preset,
+        overrides=overrides or [],
+        keep=keep,
+        runner=runner,
+    )

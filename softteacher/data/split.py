@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import posixpath
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +42,13 @@ def split(
     Args:
         data: folder or `s3://` prefix with `images/` and `annotations/` (a train and a val json, or one), or a json.
         out: folder or prefix for `labeled.json`, `unlabeled.json`, `validation.json` and `split.json`.
-        percent: share of the training images that is labelled, rounded down as in COCO's 1, 5, 10 % splits.
+        percent: share of the training images that is labelled, rounded down as in COCO's 1, 5, 10 % splits; 100 if
+            there are others, `unlabeled`.
         fold: number of the fold, from 1.
         seed: of all folds.
         validation_fraction: take this share of the images for validation instead of the data set's own val json.
         stratify: every class gets at least one labelled image where the data allows.
-        unlabeled: further images that have no json, folder or prefix.
+        unlabeled: further images that have no json, folder or prefix; those that are in the data set are left out.
         max_bad_images: share of broken images that is survived.
 
     Returns:
@@ -53,8 +57,7 @@ def split(
     Raises:
         UserError: anything wrong with the data or the arguments; nothing is written then.
     """
-    if not 0 < percent < 100:
-        raise UserError(f"--percent {percent:g}: must be more than 0 and less than 100, e.g. 10")
+    check_percent(percent, unlabeled)
     if fold < 1:
         raise UserError(f"--fold {fold}: folds count from 1")
     if validation_fraction is not None and not 0 < validation_fraction < 1:
@@ -97,7 +100,7 @@ def split(
     if missing:
         say(f"warning: no labelled box of {', '.join(missing)}; they can't be learnt (try --stratify or more percent)")
     if more:
-        more = check_images(more, max_bad_images, "check unlabeled")
+        more = without(check_images(more, max_bad_images, "check unlabeled"), train, validation)
         rest = merge_images(rest, more, max(i.id for i in [*train.images, *validation.images]) + 1)
 
     parts = {"labeled": labeled, "unlabeled": rest, "validation": validation}
@@ -124,6 +127,18 @@ def split(
         (folder / "split.json").write_text(json.dumps(facts, indent=1))
     say(f"split: {len(labeled)} labelled, {len(rest)} unlabelled, {len(validation)} validation images -> {out}")
     return facts
+
+
+def check_percent(percent: float, unlabeled: str | None) -> None:
+    """Whether a share can be labelled.
+
+    Raises:
+        UserError: it can't, or no image would be left without labels.
+    """
+    if not 0 < percent <= 100:
+        raise UserError(f"--percent {percent:g}: must be more than 0 and at most 100, e.g. 10")
+    if percent == 100 and not unlabeled:
+        raise UserError("--percent 100: leaves no unlabelled image; give others with --unlabeled, or less, e.g. 10")
 
 
 def find_annotations(data: str) -> tuple[str, str | None]:
@@ -191,6 +206,30 @@ def merge_images(dataset: CocoDataset, more: CocoDataset, first: int) -> CocoDat
         ImageRecord(first + n, i.file_name, i.width, i.height, i.root or more.root) for n, i in enumerate(more.images)
     ]
     return replace(dataset, images=dataset.images + added)
+
+
+def without(dataset: CocoDataset, *others: CocoDataset) -> CocoDataset:
+    """A data set without the image files that others have, too; says how many these are.
+
+    A detector that learns from validation images, be it without their boxes, has no score that can be believed.
+    """
+    taken = {place for other in others for place in _places(other)}
+    kept = [n for n, place in enumerate(_places(dataset)) if place not in taken]
+    if len(kept) == len(dataset):
+        return dataset
+    many = f"{len(dataset) - len(kept)} of its {len(dataset)} images"
+    say(f"{dataset.source}: {many} are labelled or validation images; they are left out")
+    return dataset.select(kept)
+
+
+def _places(dataset: CocoDataset) -> Iterator[str]:
+    """Where each image lies, the same however its folder is written."""
+    real: dict[str, str] = {}
+    for image in dataset.images:
+        root = image.root or dataset.root
+        if root not in real:
+            real[root] = root.rstrip("/") if storage.is_s3(root) else os.path.realpath(root)
+        yield f"{real[root]}/{posixpath.normpath(image.file_name)}"
 
 
 def _order(dataset: CocoDataset, seed: int, use: str) -> np.ndarray:

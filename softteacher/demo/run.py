@@ -21,6 +21,7 @@ from softteacher.choices import Runner
 from softteacher.config import load_settings
 from softteacher.console import say, track
 from softteacher.data.coco import load_coco
+from softteacher.data.split import check_percent
 from softteacher.demo.digits import make_digits
 from softteacher.demo.servers import TRITON_IMAGE, check_image, seaweedfs, triton
 from softteacher.errors import UserError
@@ -39,6 +40,7 @@ def demo(
     out: str,
     *,
     percent: float | None,
+    unlabeled: str | None = None,
     preset: str | None,
     overrides: list[str],
     keep: bool = False,
@@ -50,6 +52,7 @@ def demo(
         data: folder or `s3://` prefix with `images/` and `annotations/`; none: the digits.
         out: local folder for everything the run makes.
         percent: share of the training images that is labelled; none: 5 of the digits, 10 of a user's own.
+        unlabeled: folder or `s3://` prefix of more images, without a json.
         preset: of the training; none: `demo` for the digits, `small` for a user's own images.
         overrides: settings, `key=value`.
         keep: leave store and endpoint up until Ctrl-C.
@@ -65,11 +68,12 @@ def demo(
     overrides = [*(DIGITS if data is None else []), *overrides]
     if percent is None:
         percent = 5 if data is None else 10
-    if not 0 < percent < 100:
-        raise UserError(f"--percent {percent:g}: must be more than 0 and less than 100, e.g. 10")
+    check_percent(percent, unlabeled)
     load_settings(preset, overrides)
     if data is not None and not storage.is_s3(data) and not Path(data).is_dir():
         raise UserError(f"{data}: no such folder; give one with images/ and annotations/ in COCO format")
+    if unlabeled and not storage.is_s3(unlabeled) and not Path(unlabeled).is_dir():
+        raise UserError(f"{unlabeled}: no such folder; give one of images")
     if runner == "docker":
         check_image(TRITON_IMAGE)
     folder = Path(out).absolute()
@@ -89,8 +93,14 @@ def demo(
             make_digits(folder / "data")
             data = str(folder / "data")
             say(f"data: handwritten digits in cluttered scenes, look at {data}/images")
+        local = Path(data).resolve()
         if not storage.is_s3(data):
             data = _upload(data, f"{base}/data/{name}")
+        if unlabeled and not storage.is_s3(unlabeled):
+            if (more := Path(unlabeled).resolve()).is_relative_to(local):  # they are there already
+                unlabeled = storage.join(data, more.relative_to(local).as_posix())
+            else:
+                unlabeled = _upload(unlabeled, f"{base}/unlabeled/{name}")
         repository = f"{base}/triton"
         url = os.environ.get("TRITON_URL")
         if not url:
@@ -107,6 +117,7 @@ def demo(
             "triton": url,
             "name": name,
             "percent": f"{percent:g}",
+            "unlabeled": unlabeled or "",
             "preset": preset,
             "runner": runner,
             "triton-backend": "onnxruntime" if "TRITON_URL" in os.environ else "python",

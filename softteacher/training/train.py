@@ -24,7 +24,7 @@ from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
 from softteacher.data.masks import require_masks
-from softteacher.data.split import load_unlabeled
+from softteacher.data.split import load_unlabeled, without
 from softteacher.detectors.build import build
 from softteacher.device import find_device, find_precision, keep_memory
 from softteacher.errors import UserError
@@ -36,11 +36,11 @@ from softteacher.training.checkpoint import Checkpoints
 from softteacher.training.self_label import self_label
 from softteacher.training.trainer import Trainer, run_training
 
-# the same weights come out, whatever these are; the batch counts as a whole
+# a run may go on with others of these: they decide where and how fast it runs; the batch counts as a whole
 _INDIFFERENT = {
     "data.workers",
     "data.max_bad_images",
-    *(f"training.{key}" for key in ("device", "threads", "log_every", "evaluate_batch", "precision", "accumulate")),
+    *(f"training.{key}" for key in ("device", "threads", "log_every", "evaluate_batch", "accumulate")),
     *(
         f"training.{key}"
         for key in ("labeled_per_batch", "unlabeled_per_batch", "checkpoint_every", "keep_checkpoints")
@@ -101,7 +101,7 @@ def _train(
     if settings.detector.masks:
         require_masks(train_set)
         require_masks(val_set)
-    extra = _unlabeled(unlabeled, train_set, settings)
+    extra = _unlabeled(unlabeled, train_set, val_set, settings)
     sets = {"labeled": train_set} | ({"unlabeled": extra} if extra else {})
     run = _identity(settings, {**sets, "validation": val_set})
     if done := distributed.once(lambda: _finished(out, run)):
@@ -118,7 +118,7 @@ def _train(
         share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(s.threads or share)
     torch.manual_seed(s.seed)
-    student = build(settings.detector, len(train_set.categories)).to(device)
+    student = build(settings.detector, len(train_set.classes), names=train_set.classes).to(device)
     start = settings.detector.init_from
     parent = distributed.once(lambda: origin(start)) if start else None
     student.to(memory_format=torch.channels_last)
@@ -301,10 +301,12 @@ def git_sha() -> str | None:
         return None
 
 
-def _unlabeled(unlabeled: str | None, train_set: CocoDataset, settings: Settings) -> CocoDataset | None:
+def _unlabeled(
+    unlabeled: str | None, train_set: CocoDataset, val_set: CocoDataset, settings: Settings
+) -> CocoDataset | None:
     if settings.method.name == "supervised":
         return None
-    found = load_unlabeled(unlabeled) if unlabeled is not None else None
+    found = without(load_unlabeled(unlabeled), train_set, val_set) if unlabeled is not None else None
     if not found:
         say(f"warning: no unlabelled images ({unlabeled or 'no --unlabeled'}): this is supervised training then")
         return None

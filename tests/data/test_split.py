@@ -1,6 +1,7 @@
 """The split: the same on every machine, without replacement, complete, and nothing is written when it fails."""
 
 import json
+import os.path as posix
 import shutil
 
 import numpy as np
@@ -148,10 +149,28 @@ def test_broken_images_are_left_out(tmp_path, capsys):
     assert "1 of 20 images are missing or broken and left out" in said
 
 
+def test_an_image_is_in_one_part_only(tmp_path, capsys, monkeypatch):
+    """Of a folder of images some have labels; the folder is the unlabelled part, too, by whatever name."""
+    folder = write_coco(tmp_path / "set", coco_tree(20))
+    tree = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    kept = {i["id"] for i in tree["images"][:12]}
+    tree["images"] = [i | {"file_name": f"./{i['file_name']}"} for i in tree["images"] if i["id"] in kept]
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in kept]
+    write_json(folder / "annotations" / "instances_train.json", tree)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    facts = split("set", "out", percent=100, unlabeled="link/images")
+    files = [posix.realpath(part.uri(n)) for part in parts("out") for n in range(len(part))]
+    assert len(files) == len(set(files)) == 24
+    assert [facts[part]["images"] for part in ("labeled", "unlabeled", "validation")] == [12, 8, 4]
+    assert "images: 16 of its 24 images are labelled or validation images; they are left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *(({"percent": p}, "--percent .*: must be") for p in (0, 100, -1, 101, np.nan, np.inf)),
+        *(({"percent": p}, "--percent .*: must be") for p in (0, -1, 101, np.nan, np.inf)),
+        ({"percent": 100}, "--percent 100: leaves no unlabelled image"),
         *(({"percent": 5, "fold": f}, "--fold") for f in (0, -3)),
         *(({"percent": 5, "validation_fraction": f}, "--validation-fraction") for f in (0, 1, -1, np.nan, 0.99)),
         *(({"percent": 5, "max_bad_images": m}, "--max-bad-images") for m in (-1, 2, np.nan)),

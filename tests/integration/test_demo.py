@@ -92,8 +92,9 @@ def test_interrupted_demo_stops_everything(data, tmp_path, signum):
         (["--data", "/nowhere"], "/nowhere: no such folder"),
         (["--preset", "dmo"], "did you mean demo"),
         (["--set", "training.iteration=5"], "did you mean training.iterations"),
-        (["--percent", "0"], "must be more than 0 and less than 100"),
-        (["--percent", "100"], "must be more than 0 and less than 100"),
+        (["--percent", "0"], "must be more than 0 and at most 100"),
+        (["--percent", "100"], "leaves no unlabelled image"),
+        (["--percent", "100", "--unlabeled", "/nowhere"], "/nowhere: no such folder; give one of images"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, options, says):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -87,6 +88,15 @@ def test_the_store_of_dev_reaches_nobody(built: dict[str, Documents]) -> None:
     assert one(built["overlays/dev"], "NetworkPolicy", "seaweedfs")["spec"]["egress"] == []
     _, s3 = one(built["overlays/dev"], "NetworkPolicy", "triton")["spec"]["egress"]
     assert s3 == {"to": [{"podSelector": {"matchLabels": STORE}}], "ports": [{"port": 8333}]}
+
+
+@pytest.mark.parametrize("name", ["base", "overlays/dev", "overlays/gpu"])
+def test_triton_gets_through_to_the_store_that_it_is_told(built: dict[str, Documents], name: str) -> None:
+    (config,) = (
+        d["data"] for d in built[name] if d["kind"] == "ConfigMap" and d["metadata"]["name"].startswith("triton")
+    )
+    _, s3 = one(built[name], "NetworkPolicy", "triton")["spec"]["egress"]
+    assert urlsplit(config["AWS_ENDPOINT_URL_S3"]).port in {port["port"] for port in s3["ports"]}
 
 
 def rights(role: dict[str, Any]) -> set[tuple[str, str]]:

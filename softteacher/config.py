@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     DetectorName = str
 else:
     DetectorName = Literal[tuple(f"{kind}_{backbone}_fpn" for kind in KINDS for backbone in BACKBONES)]
+# what a trained model can be evaluated and exported with, other than it was trained
+AFTER_TRAINING = (
+    *("detector.score_threshold", "detector.nms_threshold", "detector.max_detections"),
+    *("training.device", "training.precision", "training.evaluate_batch", "data.workers"),
+)
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=32, le=8192)]
 
@@ -107,15 +112,11 @@ class DetectorSettings(_Group):
         4, description="of the finest pyramid level; 8 does without the level that takes most of the time. FCOS: 8"
     )
     fpn_channels: int = Field(256, ge=8, le=1024, description="channels of every pyramid level")
-    head_channels: int = Field(
-        1024, ge=8, le=4096, description="width of the two fully connected layers of the box head"
-    )
+    head_channels: int = Field(1024, ge=8, le=4096, description="width of the box head's two linear layers")
     mask_channels: int = Field(256, ge=8, le=1024, description="maskrcnn: width of the mask head's convolutions")
     head_convs: int = Field(4, ge=1, le=8, description="FCOS: 3x3 convolutions of each branch of the head")
     anchor_scale: float = Field(8.0, gt=0, description="anchor side over the stride of its level")
-    pre_nms_train: int = Field(
-        2000, ge=1, description="anchors kept per level before NMS, in training and by the teacher"
-    )
+    pre_nms_train: int = Field(2000, ge=1, description="anchors kept per level before NMS, in training")
     proposals_train: int = Field(1000, ge=1, description="proposals per image, in training and by the teacher")
     pre_nms_test: int = Field(1000, ge=1, description="anchors kept per level before NMS, at test")
     proposals_test: int = Field(1000, ge=1, description="proposals per image, at test")
@@ -160,9 +161,7 @@ class MethodSettings(_Group):
         "weights", description="of the classification: by the sum of all weights, or as Eq. 4-5 write it"
     )
     box_jitter: bool = Field(True, description="false: the boxes of cls_threshold teach the regression")
-    reg_variance_threshold: float = Field(
-        0.02, ge=0, description="pseudo boxes under this variance teach the regression"
-    )
+    reg_variance_threshold: float = Field(0.02, ge=0, description="boxes under this variance teach the regression")
     reg_confident: bool = Field(
         False, description="only boxes that teach the classification teach the regression, if their variance is small"
     )
@@ -206,12 +205,8 @@ class TrainingSettings(_Group):
     new_share: Share | None = Field(
         None, description="share of the unlabelled images that the last round of `collect` brought; none: as they come"
     )
-    accumulate: int = Field(
-        1, ge=1, le=1024, description="batches whose gradients make one step, for few or small GPUs"
-    )
-    optimizer: Literal["sgd", "adamw"] = Field(
-        "sgd", description="adamw learns faster from nothing; lr about 0.001 then"
-    )
+    accumulate: int = Field(1, ge=1, le=1024, description="batches that make one step, for few or small GPUs")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw learns faster from nothing; lr about 0.001")
     reference_batch: int | None = Field(
         None,
         ge=1,
@@ -219,12 +214,7 @@ class TrainingSettings(_Group):
         "batch both follow: lr x batch/reference, iterations x reference/batch; none: they stay",
     )
     lr: float = Field(0.01, gt=0, description="learning rate after warm-up")
-    backbone_lr: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="learning rate of the backbone over lr; pretrained ones want less",
-    )
+    backbone_lr: float = Field(1.0, gt=0, le=1, description="of the backbone, over lr; pretrained ones want less")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of either optimizer")
     warmup_iterations: int = Field(500, ge=0, description="linear warm-up of the learning rate")
@@ -238,9 +228,7 @@ class TrainingSettings(_Group):
         "auto", description="auto: bf16 autocast where the hardware has it; fp16: with loss scaling, for older GPUs"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    threads: int = Field(
-        0, ge=0, description="CPU threads of the networks; 0: one for each core. Tiny ones run best on 1"
-    )
+    threads: int = Field(0, ge=0, description="CPU threads; 0: one for each core. Tiny networks run best on 1")
     log_every: int = Field(20, ge=1, description="iterations between two lines of training.jsonl")
     evaluate_every: int = Field(
         0, ge=0, description="iterations between two validations, the best weights are kept; 0: only at the end"
@@ -322,6 +310,30 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
         text = files("softteacher.presets").joinpath(f"{part}.yaml").read_text()
         for group, values in yaml.safe_load(text).items():
             tree.setdefault(group, {}).update(values)
+    _override(tree, overrides)
+    return _validated(tree, "settings")
+
+
+def change_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
+    """The settings of a model with `key=value` overrides of what is not decided when it is trained.
+
+    Raises:
+        UserError: unknown key, bad value, or a setting that its weights depend on.
+
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    _override(changes, overrides)
+    for key in (f"{group}.{key}" for group, values in changes.items() for key in values):
+        if not key.startswith("export.") and key not in AFTER_TRAINING:
+            free = f"export.*, {', '.join(AFTER_TRAINING)}"
+            raise UserError(f"--set {key}: is decided when the model is trained; later there are {free}")
+    tree = settings.model_dump(mode="json")
+    for group, values in changes.items():
+        tree[group].update(values)
+    return _validated(tree, "settings")
+
+
+def _override(tree: dict[str, dict[str, Any]], overrides: Iterable[str]) -> None:
     known = [f"{g}.{k}" for g, model in Settings()._groups() for k in type(model).model_fields]
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -337,7 +349,6 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
             value = None if value.lower() == "none" else _as_number(value)
         group, name = key.split(".")
         tree.setdefault(group, {})[name] = value
-    return _validated(tree, "settings")
 
 
 def read_settings(path: str | Path) -> Settings:

@@ -23,7 +23,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"training.device = {name!r}: not usable here ({str(e).splitlines()[0]}); use auto") from None
+        why = str(e).splitlines()[0]
+        raise UserError(f"training.device = {name!r}: not usable here ({why}); --set training.device=auto") from None
     return device
 
 

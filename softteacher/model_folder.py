@@ -6,12 +6,13 @@ import hashlib
 import io
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softteacher import storage
 from softteacher.choices import Weights
-from softteacher.config import Settings, read_settings
+from softteacher.config import Settings, change_settings, read_settings
 from softteacher.data.coco import CocoDataset, load_coco
 from softteacher.errors import UserError
 
@@ -34,12 +35,13 @@ class ModelFolder:
     Args:
         path: local folder.
         name: what errors call it, where the folder is a download.
+        overrides: settings on top of its own, see `change_settings`.
 
     Raises:
-        UserError: it is torn, changed, or not a model folder.
+        UserError: it is torn, changed, or not a model folder; or a setting can't be changed.
     """
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
+    def __init__(self, path: str | Path, name: str | None = None, overrides: Sequence[str] = ()) -> None:
         self.path, self.name = Path(path), name or str(path)
         if not (self.path / "provenance.json").is_file():
             what = "torn" if (self.path / "settings.yaml").exists() else "no model folder"
@@ -53,7 +55,7 @@ class ModelFolder:
             if not (self.path / file).is_file() or sha256(self.path / file) != self.provenance["sha256"].get(file):
                 where = storage.join(self.name, file)
                 raise UserError(f"{where}: missing or changed since the training; copy the whole model folder again")
-        self.settings: Settings = read_settings(self.path / "settings.yaml")
+        self.settings: Settings = change_settings(read_settings(self.path / "settings.yaml"), overrides)
         classes = self._json("classes.json")
         try:
             self.categories: list[tuple[int, str]] = [(int(c["id"]), str(c["name"])) for c in classes]

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from softteacher.config import Settings, load_settings, presets, read_settings
+from softteacher.config import Settings, change_settings, load_settings, presets, read_settings
 from softteacher.errors import UserError
 
 
@@ -144,6 +144,22 @@ def test_refused(override, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")) as e:
         load_settings(None, [override])
     assert len(str(e.value).splitlines()) == 1
+
+
+def test_changed_after_the_training():
+    settings = load_settings("small", ["detector.backbone_weights=none"])
+    changed = change_settings(settings, ["export.engines=[openvino-int8]", "detector.score_threshold=0.001"])
+    assert changed.export.engines == ["openvino-int8"]
+    assert changed.detector.score_threshold == 0.001
+    assert change_settings(changed, ["export.engines=[]"]).detector == changed.detector
+    assert change_settings(settings, []) == settings
+    for override, message in (
+        ("detector.name=fasterrcnn_tiny_fpn", r"is decided when the model is trained; later there are export\.\*, "),
+        ("detector.score_treshold=1", r"did you mean detector\.score_threshold"),
+        ("export.max_ap_loss=2", "less than or equal to 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            change_settings(settings, [override])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from softteacher.choices import Weights
-from softteacher.cli.options import Parts, ShardText, print_facts, read_shard
+from softteacher.cli.options import Parts, SetLater, ShardText, print_facts, read_shard
 
 app = typer.Typer()
 
@@ -19,6 +19,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Manifest or COCO json with boxes.")],
     out: Annotated[str, typer.Option(help="Folder for metrics.json, detections.json and report.html.")],
     weights: Annotated[Weights | None, typer.Option(help="Only these; by default both.")] = None,
+    overrides: SetLater = None,
     shard: ShardText = None,
     join: Parts = None,
 ) -> None:
@@ -28,7 +29,8 @@ def evaluate(
     """
     from softteacher.evaluation.evaluate import evaluate as run
 
-    metrics = run(model, data, out, weights=weights, shard=read_shard(shard, join), parts=join or [])
+    which = read_shard(shard, join)
+    metrics = run(model, data, out, weights=weights, shard=which, parts=join or [], overrides=overrides or [])
     if shard:
         return print_facts({"shard": shard, **metrics})
     masks = {f"segm_{key}": value for key, value in metrics.get("segm", {}).items()}
@@ -43,11 +45,12 @@ def analyze(
     out: Annotated[str, typer.Option(help="Folder for the report, three figures and analysis.json.")],
     weights: Annotated[Weights, typer.Option(help="Whose boxes are looked at.")] = "teacher",
     images: Annotated[str | None, typer.Option(help="Folder of the images, where the data set's is another.")] = None,
+    overrides: SetLater = None,
 ) -> None:
     """Evaluate, and show which of the model's boxes can be believed: the paper's Figure 3 for your own data."""
     from softteacher.evaluation.analyze import analyze as run
 
-    facts = run(model, data, out, weights=weights, images=images)
+    facts = run(model, data, out, weights=weights, images=images, overrides=overrides or [])
     print_facts({"best_f1": facts["best_f1"], "advice": facts["advice"]})
 
 
@@ -61,6 +64,7 @@ def rank(
     out: Annotated[str, typer.Option(help="Folder for the list, to_label.json and contact_sheet.jpg.")],
     top: Annotated[int, typer.Option(help="Number of images.")] = 100,
     labeled: Annotated[str | None, typer.Option(help="The labels so far; by default those of the training.")] = None,
+    overrides: SetLater = None,
     shard: ShardText = None,
     join: Parts = None,
 ) -> None:
@@ -70,7 +74,8 @@ def rank(
     """
     from softteacher.evaluation.rank import rank as run
 
-    rows = run(model, unlabeled, out, top=top, labeled=labeled, shard=read_shard(shard, join), parts=join or [])
+    which, chosen = read_shard(shard, join), overrides or []
+    rows = run(model, unlabeled, out, top=top, labeled=labeled, shard=which, parts=join or [], overrides=chosen)
     print_facts({"shard": shard} if shard else {"images": len(rows), "first": rows[0]["file_name"]})
 
 

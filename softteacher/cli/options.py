@@ -13,6 +13,10 @@ from softteacher.evaluation.shard import Shard
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; see `softteacher config`.")
 ]
+SetLater = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One of export.*, or of what is found, e.g. training.device=cpu."),
+]
 Preset = Annotated[
     str | None, typer.Option(help="Settings to start from, a+b: b on top of a; see `softteacher config`.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from softteacher.choices import Backend, Format, ServedEngine, Weights
-from softteacher.cli.options import ModelName, Parts, Repository, ShardText, print_facts, read_shard
+from softteacher.cli.options import ModelName, Parts, Repository, SetLater, ShardText, print_facts, read_shard
 
 TritonUrl = Annotated[str, typer.Option(help="Triton's HTTP URL.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Seconds that Triton may take to load a model or to answer.")]
@@ -20,11 +20,12 @@ def export(
     model: Annotated[str, typer.Option(help="Model folder.")],
     out: Annotated[str, typer.Option(help="Folder for model.onnx and parity.json.")],
     weights: Annotated[Weights, typer.Option(help="Whose weights.")] = "teacher",
+    overrides: SetLater = None,
 ) -> None:
     """Export to ONNX, and compare with PyTorch on real images."""
     from softteacher.serving.export import export as run
 
-    parity = run(model, out, weights=weights)
+    parity = run(model, out, weights=weights, overrides=overrides or [])
     print_facts({"ap": parity["ap"], "batch_1": parity["batch_1"], "batch_4": parity["batch_4"]})
 
 

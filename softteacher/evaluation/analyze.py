@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,13 @@ NEARLY = 0.9  # of the best F1 is as good as the best
 
 
 def analyze(
-    model: str, data: str, out: str, *, weights: Weights = "teacher", images: str | None = None
+    model: str,
+    data: str,
+    out: str,
+    *,
+    weights: Weights = "teacher",
+    images: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate a model, and look at its boxes as the paper's Figure 3 does.
 
@@ -36,6 +43,7 @@ def analyze(
             `iou_over_variance.png`, and `analysis.json` with the numbers in them; the report has them too.
         weights: whose boxes are looked at.
         images: folder or prefix of the images; none: where the data set says.
+        overrides: settings on top of the model's, of the device and of what is found, see `change_settings`.
 
     Returns:
         What `analysis.json` says, see `summarize`.
@@ -44,7 +52,7 @@ def analyze(
         UserError: bad input; nothing is written then.
     """
     with storage.local_input(model) as path:
-        source = ModelFolder(path, model)
+        source = ModelFolder(path, model, overrides)
         dataset = load_labelled(source, data, images)
         scored: dict[Weights, Scored] = {}
         observed: dict[int, Observed] = {}

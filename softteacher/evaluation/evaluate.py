@@ -34,6 +34,7 @@ def evaluate(
     weights: Weights | None = None,
     shard: Shard | None = None,
     parts: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score teacher and student on a data set, at once or in shards: the numbers are the same.
 
@@ -44,6 +45,7 @@ def evaluate(
         weights: score only these; otherwise both, and detections and report are the teacher's.
         shard: only look at this share of the images, and write what is found there.
         parts: what all the shards wrote; nothing is looked at then.
+        overrides: settings on top of the model's, of the device and of what is found, see `change_settings`.
 
     Returns:
         What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, of masks under
@@ -53,7 +55,7 @@ def evaluate(
         UserError: bad input; nothing is written then.
     """
     with storage.local_input(model) as path:
-        source = ModelFolder(path, model)
+        source = ModelFolder(path, model, overrides)
         dataset = load_labelled(source, data)
         found: dict[Weights, dict[int, Detections]] = {}
         for name in [weights] if weights else WEIGHTS:

@@ -68,7 +68,7 @@ def load_found(parts: Sequence[str], name: str, source: ModelFolder, dataset: Co
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{where}: torn, or not ours; run this shard again") from None
         if about != _about(source, dataset):
-            raise UserError(f"{part}: is of another model or data set; give the shards of {source.name}")
+            raise UserError(f"{part}: is of another model, data set or --set; give the shards of {source.name}")
         found |= _read(storage.join(part, f"{name}.npz"))
     if sorted(shards) != [Shard(n + 1, len(shards)) for n in range(len(shards))]:
         given = ", ".join(f"{number}/{of}" for number, of in sorted(shards))
@@ -80,7 +80,8 @@ def load_found(parts: Sequence[str], name: str, source: ModelFolder, dataset: Co
 
 
 def _about(source: ModelFolder, dataset: CocoDataset) -> dict[str, Any]:
-    return {"model": source.provenance["sha256"], "data": dataset.fingerprint()}
+    detector = source.settings.model_dump(mode="json")["detector"]
+    return {"model": source.provenance["sha256"], "data": dataset.fingerprint(), "detector": detector}
 
 
 def _read(uri: str) -> dict[int, Detections]:

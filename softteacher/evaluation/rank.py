@@ -45,6 +45,7 @@ def rank(
     labeled: str | None = None,
     shard: Shard | None = None,
     parts: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Rank unlabelled images by what their labels would teach, at once or in shards: the list is the same.
 
@@ -66,6 +67,7 @@ def rank(
             there, else its validation set.
         shard: only look at this share of the images, and write what is found there.
         parts: what all the shards wrote; nothing is looked at then.
+        overrides: settings on top of the model's, of the device and of what is found, see `change_settings`.
 
     Returns:
         The first `top`: `rank`, `file_name`, `uri`, `score`, the terms, `variance_max`, `classes`, `reason`. Of a shard
@@ -77,7 +79,7 @@ def rank(
     if top < 1:
         raise UserError(f"--top {top}: must be 1 or more")
     with storage.local_input(model) as path:
-        source = ModelFolder(path, model)
+        source = ModelFolder(path, model, overrides)
         dataset = load_unlabeled(unlabeled)
         if not len(dataset):
             raise UserError(f"{unlabeled}: no images in it; give the images that might be labelled")

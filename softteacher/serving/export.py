@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ SCORE = 0.05  # detections under it are not compared
 MIN_MATCHED = 0.95
 
 
-def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, Any]:
+def export(model: str, out: str, *, weights: Weights = "teacher", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Export a trained detector and compare it with PyTorch on real validation images.
 
     Args:
@@ -38,6 +39,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
             test of a deployment), `profile.json` (its answers to the validation set, for `watch`),
             `provenance.json`, `validation.json`; `model.int8.onnx` where `export.engines` asks for int8.
         weights: whose weights.
+        overrides: settings on top of the model's, of `export` and of what is found, see `change_settings`.
 
     Returns:
         What `parity.json` says.
@@ -47,7 +49,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
             `export.max_ap_loss`; nothing is written then.
     """
     with storage.local_input(model) as path, storage.output_folder(out) as folder:
-        source = ModelFolder(path, model)
+        source = ModelFolder(path, model, overrides)
         validation = source.validation()
         settings = source.settings.export
         size = settings.image_size or canvas_size(source, validation)
@@ -58,6 +60,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
         detector = OnnxDetector(file)
         samples = np.stack([detector.letterbox(read_image(validation, i)[0])[0] for i in _spread(validation)])
         parity: dict[str, Any] = {"weights": weights, "image_size": size, "opset": OPSET, "onnx_sha256": sha256(file)}
+        parity["overrides"] = list(overrides)
         for batch in (1, 4):
             found = parity[f"batch_{batch}"] = compare(served, detector, samples, batch)
             if found["matched"] < MIN_MATCHED * found["boxes"]:
@@ -76,7 +79,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher") -> dict[str, A
         if loss > settings.max_ap_loss:
             raise UserError(
                 f"{model}: the ONNX file loses {loss:.4f} AP, {settings.max_ap_loss} allowed "
-                "(export.max_ap_loss); not exported"
+                "(--set export.max_ap_loss=...); not exported"
             )
         parity["engines"] = measure_engines(folder, served.run, detector, validation, samples, settings, parity["ap"])
         smoke = samples[np.arange(SMOKE_IMAGES) % len(samples)]

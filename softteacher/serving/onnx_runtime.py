@@ -13,7 +13,7 @@ from PIL import Image
 
 from softteacher.console import track
 from softteacher.data.check import read_image
-from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.coco import CocoDataset
 from softteacher.data.images import letterbox
 from softteacher.detections import Detections
 from softteacher.errors import UserError
@@ -53,19 +53,6 @@ class OnnxDetector:
     def letterbox(self, image: Image.Image) -> tuple[np.ndarray, tuple[float, float]]:
         """The canvas that the graph wants, and the scale; see `softteacher.data.images.letterbox`."""
         return letterbox(image, self.image_size, self.short_side, self.long_side)
-
-
-def evaluate_onnx(path: str | Path, validation: str | Path | CocoDataset) -> dict[str, Any]:
-    """COCO metrics of an ONNX file on a validation manifest.
-
-    Raises:
-        UserError: the file is not ours, its classes are not those of the manifest, or an image can't be read.
-    """
-    detector = OnnxDetector(path)
-    dataset = validation if isinstance(validation, CocoDataset) else load_coco(validation)
-    if detector.categories != dataset.categories:
-        raise UserError(f"{path} and {dataset.source}: the class sets differ; they belong to different data sets")
-    return score_canvases(detector.run, detector, dataset, "onnxruntime")
 
 
 def score_canvases(

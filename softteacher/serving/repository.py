@@ -110,7 +110,10 @@ class OnnxFolder:
         engine = runtime.engine
         facts = self.engines.get(engine)
         if engine != REFERENCE_ENGINE and facts is None:
-            raise UserError(f"{self.path}: {engine} was not measured at export; add it to export.engines, export again")
+            raise UserError(
+                f"{self.path}: {engine} was not measured at export; add it to export.engines: "
+                f"softteacher export --set export.engines=[{engine}] ..."
+            )
         if facts and "refused" in facts:
             raise UserError(f"{self.path}: {engine} must not serve this model: {facts['refused']}")
         if facts and "fp32_until" in facts and runtime.backend != "python":

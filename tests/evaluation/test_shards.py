@@ -44,8 +44,10 @@ def test_evaluate(trained, manifests, tmp_path):
     for wrong in (parts[:2], [*parts, parts[0]], [parts[0], parts[0], parts[1]]):
         with pytest.raises(UserError, match="each is needed once; run the missing ones"):
             evaluate(*arguments, str(tmp_path / "wrong"), parts=wrong)
-    with pytest.raises(UserError, match="is of another model or data set"):
+    with pytest.raises(UserError, match="is of another model, data set or --set"):
         evaluate(str(trained), str(manifests / "labeled.json"), str(tmp_path / "wrong"), parts=parts)
+    with pytest.raises(UserError, match="is of another model, data set or --set"):
+        evaluate(*arguments, str(tmp_path / "wrong"), parts=parts, overrides=["detector.score_threshold=0.3"])
     Path(parts[1], "student.npz").write_bytes(b"x")
     with pytest.raises(UserError, match=r"student\.npz: torn, or not ours; run this shard again"):
         evaluate(*arguments, str(tmp_path / "wrong"), parts=parts)

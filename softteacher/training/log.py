@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -17,18 +18,16 @@ class TrainingLog:
     """`training.jsonl` and TensorBoard events.
 
     Args:
-        folder: gets both; none: nothing is written.
+        folder: gets both, with the first line; none: nothing is written.
         lines: those that a resumed run has already; new ones are added to this list.
     """
 
     def __init__(self, folder: Path | None, lines: list[str]) -> None:
-        self.lines, self.board, self.file = lines, None, None
-        if folder:
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-            self.board, self.file = SummaryWriter(folder), (folder / "training.jsonl").open("w")
-            for line in self.lines:
-                self._show(line)
+        self.folder, self.lines = folder, lines
+        self.board: SummaryWriter | None = None
+        self.file: TextIO | None = None
+        for line in self.lines:
+            self._show(line)
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -44,6 +43,11 @@ class TrainingLog:
         self._show(self.lines[-1])
 
     def _show(self, line: str) -> None:
+        if self.folder and not self.board:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.board, self.file = SummaryWriter(self.folder), (self.folder / "training.jsonl").open("w")
         if self.board and self.file:
             self.file.write(line + "\n")
             self.file.flush()

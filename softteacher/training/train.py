@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -61,7 +62,7 @@ def train(
         labeled: manifest or COCO json with boxes.
         unlabeled: manifest, COCO json, folder or `s3://` prefix of images; none for supervised training.
         validation: manifest or COCO json; scored at the end, and handed on in the model folder.
-        out: the model folder, local or `s3://`.
+        out: the model folder, local or `s3://`. In a local one the log is in `log` as long as training goes on.
         settings: everything else.
         checkpoints: folder or `s3://` prefix of the checkpoints; none: `checkpoints` in `out`. They are removed when
             the model is there.
@@ -70,7 +71,8 @@ def train(
         `metrics.json`: AP and more of teacher and student.
 
     Raises:
-        UserError: bad input; nothing is left at `out` then (STAC: but the model that labels, once it is there).
+        UserError: bad input; nothing is left at `out` then but the log, once training has begun, and checkpoints (STAC:
+            and the model that labels, once it is there).
         Stopped: the process was told to end; a checkpoint is written.
     """
     device = find_device(settings.training.device)
@@ -141,6 +143,10 @@ def _train(
         return {name: score(detectors[name], val_set, settings, device)[0] for name in names}
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
+        # where it can be looked at while training goes on, and after a run that was stopped
+        log = folder and (folder if storage.is_s3(out) else Path(out, "log"))
+        if log and log != folder:
+            say(f"train: the log is in {log}; look at it: tensorboard --logdir {log}")
         checkpoints = Checkpoints(place, run, s.keep_checkpoints)
         cache = settings.method.burn_in_cache if settings.burn_in_steps else None
         burn_in = Checkpoints(cache, _burn_in(run), keep=1) if cache else None
@@ -158,11 +164,14 @@ def _train(
             trainer,
             parts,
             sets,
-            folder,
+            log,
             checkpoints if main else None,
             teacher_only,
             burn_in if main else None,
         )
+        if folder and log and log != folder:
+            shutil.copytree(log, folder, dirs_exist_ok=True)
+            shutil.rmtree(log)
         best = trainer.progress.best
         if best:
             teacher.load_state_dict(best["teacher"])

@@ -140,9 +140,13 @@ def test_stopped_in_a_validation(manifests, tmp_path, whole, monkeypatch):
         train(*sources(manifests), str(tmp_path / "m"), load_settings("demo", [*CHOSEN, "training.checkpoint_every=0"]))
     assert e.value.code == 128 + signal.SIGTERM
     assert steps_done(tmp_path / "m") == 6
+    # what there is to look at so far, which the model folder has at the end
+    assert [json.loads(line)["step"] for line in (tmp_path / "m/log/training.jsonl").read_text().splitlines()] == [4]
+    assert list((tmp_path / "m" / "log").glob("events.out.tfevents.*"))
     monkeypatch.setattr(module, "score", real)
     train(*sources(manifests), str(tmp_path / "m"), load_settings("demo", CHOSEN))
     assert_same(content(tmp_path / "m"), whole)
+    assert not (tmp_path / "m" / "log").exists()
 
 
 def test_from_s3(manifests, tmp_path, whole, s3):

@@ -68,7 +68,7 @@ def main() -> None:
     if not a.table:
         if not a.data:
             parser.error("--data is needed to train")
-        methods = [m for m in METHODS if m != ORACLE] if "all" in a.methods else a.methods
+        methods = [m for m in METHODS if m != ORACLE or m in a.methods] if "all" in a.methods else a.methods
         # what others build on comes first: supervised training makes the burn-in of all, and the model STAC labels with
         order = {"supervised": 0, "supervised_full": 1}
         runs = sorted(((m, f) for m in methods for f in folds), key=lambda run: (order.get(run[0], 2), run[1]))
@@ -193,7 +193,7 @@ def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
             "ap_mean": statistics.mean(aps),
             "ap_std": statistics.stdev(aps) if len(aps) > 1 else 0.0,
             "runs": [
-                {key: run[key] for key in ("fold", "ap", "ap50", "student_ap", "precision")}
+                {key: run.get(key) for key in ("fold", "ap", "ap50", "student_ap", "precision")}
                 | {"processor": run["machine"]["processor"]}
                 for _, run in sorted(runs[method].items())
             ],

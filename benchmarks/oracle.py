@@ -2,11 +2,14 @@
 
     python benchmarks/oracle.py train --labeled ... --unlabeled ... --validation ... --out DIR
 
-In place of every object that the teacher finds stands its hidden label; what it doesn't find stays background, as ever.
-`benchmarks/accuracy.py` runs it as the method `soft_teacher-oracle`.
+The hidden label of every object that a pseudo box finds which teaches the classification stands in its place; all
+others are background. Regression is taught the same boxes, as by `method.reg_confident`. `benchmarks/accuracy.py` runs
+it as the method `soft_teacher-oracle`. Faster R-CNN only.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,8 @@ from torchvision.ops import box_iou
 
 from softteacher.cli import main
 from softteacher.detections import Detections
+from softteacher.detectors.faster_rcnn import FasterRCNN
+from softteacher.errors import UserError
 from softteacher.methods import METHODS
 from softteacher.methods.base import Unlabeled
 from softteacher.methods.soft_teacher import SoftTeacher
@@ -23,6 +28,11 @@ SURE = 0.999  # above every threshold
 
 class Oracle(SoftTeacher):
     """Soft Teacher whose pseudo boxes are the hidden labels of the objects that its teacher finds."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if type(self.student) is not FasterRCNN:
+            raise UserError(f"{self.student.settings.name}: the oracle is for Faster R-CNN")
 
     def unsupervised_losses(
         self, found: list[Detections], part: Unlabeled

@@ -55,6 +55,7 @@ class ModelFolder:
             if not (self.path / file).is_file() or sha256(self.path / file) != self.provenance["sha256"].get(file):
                 where = storage.join(self.name, file)
                 raise UserError(f"{where}: missing or changed since the training; copy the whole model folder again")
+        self.overrides = list(overrides)
         self.settings: Settings = change_settings(read_settings(self.path / "settings.yaml"), overrides)
         classes = self._json("classes.json")
         try:

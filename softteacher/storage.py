@@ -116,17 +116,14 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
     """Every file below a folder or prefix, sorted by name; nothing if there is none, and not what is being written.
 
     Raises:
-        UserError: the bucket or folder can't be read, or an object's name would lead out of any folder.
+        UserError: the bucket or folder can't be read.
     """
     if is_s3(uri):
         key = s3.split(uri)[1]
         prefix = key.rstrip("/") + "/" if key.strip("/") else ""
         for name, size, tag in s3.objects(uri, prefix):
-            below = name[len(prefix) :]
-            if below.startswith("/") or ".." in below.split("/"):  # it becomes a path where it is copied to
-                raise UserError(f"{uri}: the object {name!r} can't be a file below a folder; remove it, or rename it")
             if not name.endswith("/"):
-                yield FileInfo(below, size, tag)
+                yield FileInfo(name[len(prefix) :], size, tag)
         return
     root = os.fspath(uri)
     if not Path(root).exists():
@@ -148,7 +145,12 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
 
 
 def copy(source: str | Path, target: str | Path) -> None:
-    """Copy one file, or every file below a folder or prefix, between local disk and S3 in any direction."""
+    """Copy one file, or every file below a folder or prefix, between local disk and S3 in any direction.
+
+    Raises:
+        MissingFile: there is nothing.
+        UserError: it can't be read or written, or the name of an object would lead out of a local folder.
+    """
     if not is_s3(source) and Path(source).is_file():
         return _copy_file(source, target)
     names = [f.name for f in list_files(source)]
@@ -156,6 +158,8 @@ def copy(source: str | Path, target: str | Path) -> None:
         return _copy_file(source, target)
     if not names:
         raise MissingFile(f"{source}: no such file or folder; check the path")
+    if not is_s3(target) and (odd := next((n for n in names if n.startswith("/") or ".." in n.split("/")), None)):
+        raise UserError(f"{source}: the object {odd!r} can't be a file below a folder; remove it, or rename it")
     for name in names:
         _copy_file(join(source, name), join(target, name))
 

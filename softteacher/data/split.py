@@ -100,8 +100,10 @@ def split(
     if missing:
         say(f"warning: no labelled box of {', '.join(missing)}; they can't be learnt (try --stratify or more percent)")
     if more:
-        more = without(check_images(more, max_bad_images, "check unlabeled"), train, validation)
+        more = check_images(without(more, train, validation), max_bad_images, "check unlabeled")
         rest = merge_images(rest, more, max(i.id for i in [*train.images, *validation.images]) + 1)
+    if percent == 100 and not len(rest):
+        raise UserError(f"{unlabeled}: all its images are in the data set; give others, or a lower --percent")
 
     parts = {"labeled": labeled, "unlabeled": rest, "validation": validation}
     facts = {

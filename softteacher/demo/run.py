@@ -72,8 +72,11 @@ def demo(
     load_settings(preset, overrides)
     if data is not None and not storage.is_s3(data) and not Path(data).is_dir():
         raise UserError(f"{data}: no such folder; give one with images/ and annotations/ in COCO format")
-    if unlabeled and not storage.is_s3(unlabeled) and not Path(unlabeled).is_dir():
-        raise UserError(f"{unlabeled}: no such folder; give one of images")
+    if unlabeled and not storage.is_s3(unlabeled):
+        if not Path(unlabeled).is_dir():
+            raise UserError(f"{unlabeled}: no such folder; give one of images")
+        if data and Path(unlabeled).resolve() in Path(data).resolve().parents:
+            raise UserError(f"{unlabeled}: holds the data set itself; give a folder beside it, or in it")
     if runner == "docker":
         check_image(TRITON_IMAGE)
     folder = Path(out).absolute()
@@ -98,8 +101,9 @@ def demo(
             data = _upload(data, f"{base}/data/{name}")
         if unlabeled and not storage.is_s3(unlabeled):
             if (more := Path(unlabeled).resolve()).is_relative_to(local):  # they are there already
-                unlabeled = storage.join(data, more.relative_to(local).as_posix())
+                unlabeled = storage.join(data, *more.relative_to(local).parts)
             else:
+                storage.remove(f"{base}/unlabeled/{name}")  # an earlier run's
                 unlabeled = _upload(unlabeled, f"{base}/unlabeled/{name}")
         repository = f"{base}/triton"
         url = os.environ.get("TRITON_URL")

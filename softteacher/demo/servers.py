@@ -321,10 +321,11 @@ def _free_ports(count: int) -> list[int]:
     hundred = 10_000 + os.getpid() % 100 * 100
     ports: list[int] = []
     with ExitStack() as held:
-        while len(ports) < count:
-            port = hundred + random.SystemRandom().randrange(100)
+        for port in random.SystemRandom().sample(range(hundred, hundred + 100), 100):
             with suppress(OSError):
                 for candidate in (port, port + 10_000):
                     held.enter_context(closing(socket.socket())).bind(("127.0.0.1", candidate))
                 ports.append(port)
-    return ports
+            if len(ports) == count:
+                return ports
+    raise UserError(f"no {count} free ports from {hundred} to {hundred + 99}, and 10000 above them; {OWN_SERVERS}")

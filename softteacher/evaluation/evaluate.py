@@ -49,7 +49,8 @@ def evaluate(
 
     Returns:
         What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, of masks under
-        `segm`, their `confusion`, and the COCO numbers again under `teacher` and `student`. Of a shard: `images`.
+        `segm`, their `confusion`, the `overrides`, and the COCO numbers again under `teacher` and `student`. Of a
+        shard: `images`.
 
     Raises:
         UserError: bad input; nothing is written then.
@@ -130,7 +131,7 @@ def write_evaluation(
         sections: further ones of the report.
     """
     numbers, results, readable = scored[shown]
-    metrics = numbers | {"weights": shown, "confusion": confusion(readable, results)}
+    metrics = numbers | {"weights": shown, "confusion": confusion(readable, results), "overrides": source.overrides}
     metrics |= {name: found[0] for name, found in scored.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (folder / "detections.json").write_text(json.dumps(results))

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from softteacher import storage
-from softteacher.config import Settings
+from softteacher.config import Settings, change_settings
 from softteacher.console import say
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import numbers
@@ -83,7 +83,7 @@ def record(
         scores = source.metrics()
         facts = _facts(deployed) | {
             "canary": on_trial,
-            "settings": source.settings.model_dump(mode="json"),
+            "settings": change_settings(source.settings, exported.overrides).model_dump(mode="json"),
             "metrics": {
                 "teacher": numbers(scores.get("teacher", {})),
                 "student": numbers(scores.get("student", {})),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class OnnxFolder:
         categories: `{"id", "name"}` in label order.
         preprocessing: how an image becomes input.
         engines: what the export measured of each engine, see `softteacher.serving.variants`.
+        overrides: settings that the export had on top of the model's.
     """
 
     path: Path
@@ -100,6 +101,7 @@ class OnnxFolder:
     categories: list[dict[str, Any]]
     preprocessing: dict[str, Any]
     engines: dict[str, dict[str, Any]]
+    overrides: list[str] = field(default_factory=list)
 
     def require(self, runtime: Runtime) -> None:
         """Refuse an engine that the export did not find good.
@@ -189,6 +191,7 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
             categories=facts["classes"],
             preprocessing=facts["preprocessing"],
             engines=dict(parity.get("engines", {})),
+            overrides=list(parity.get("overrides", [])),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path}: model.onnx, parity.json or validation.json lacks {e}; {again}") from None

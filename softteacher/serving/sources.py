@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from softteacher import storage
 from softteacher.data.images import SUFFIXES
+from softteacher.data.records import file_name_complaint
 from softteacher.errors import MissingFile, UserError
 
 
@@ -67,6 +68,8 @@ def _expand(item: str) -> Iterator[tuple[str, str]]:
 
 def _search(folder: str) -> list[tuple[str, str]]:
     names = [f.name for f in storage.list_files(folder) if f.name.lower().endswith(SUFFIXES)]
+    if complaint := next(filter(None, map(file_name_complaint, names)), None):  # pictures are written by these names
+        raise UserError(f"{folder}: {complaint}")
     return [(storage.join(folder, name), folder) for name in names]
 
 

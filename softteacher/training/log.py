@@ -45,7 +45,7 @@ class TrainingLog:
     def _show(self, line: str) -> None:
         if self.folder and not self.board:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.glob("events.out.tfevents.*"):
+            for old in log_files(self.folder):
                 old.unlink()
             self.board, self.file = SummaryWriter(self.folder), (self.folder / "training.jsonl").open("w")
         if self.board and self.file:
@@ -55,6 +55,11 @@ class TrainingLog:
             step = numbers.pop("step")
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, step)
+
+
+def log_files(folder: Path) -> list[Path]:
+    """What a `TrainingLog` has written into a folder."""
+    return [*folder.glob("training.jsonl"), *folder.glob("events.out.tfevents.*")]
 
 
 def window_means(window: dict[str, list[Tensor | float]], device: torch.device) -> dict[str, float]:

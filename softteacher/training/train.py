@@ -34,6 +34,7 @@ from softteacher.methods import build_method
 from softteacher.model_folder import ModelFolder, origin
 from softteacher.storage import join
 from softteacher.training.checkpoint import Checkpoints
+from softteacher.training.log import log_files
 from softteacher.training.self_label import self_label
 from softteacher.training.trainer import Trainer, run_training
 
@@ -170,8 +171,8 @@ def _train(
             burn_in if main else None,
         )
         if folder and log and log != folder:
-            shutil.copytree(log, folder, dirs_exist_ok=True)
-            shutil.rmtree(log)
+            for file in log_files(log):
+                shutil.copy(file, folder)
         best = trainer.progress.best
         if best:
             teacher.load_state_dict(best["teacher"])
@@ -205,6 +206,11 @@ def _train(
             ModelFolder.write(folder, student, teacher, settings, val_set, metrics, provenance)
     if main:
         checkpoints.remove()
+        if log and log != folder:  # the model folder has it now
+            for file in log_files(log):
+                file.unlink()
+            with contextlib.suppress(OSError):
+                log.rmdir()
     of = f" at step {best['step']}, the best" if best else ""
     if best:
         say(f"train: {trainer.progress.facts()['evaluation_share']:.0%} of the time went into validations")

@@ -3,6 +3,7 @@
 import json
 import os.path as posix
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +165,13 @@ def test_an_image_is_in_one_part_only(tmp_path, capsys, monkeypatch):
     assert len(files) == len(set(files)) == 24
     assert [facts[part]["images"] for part in ("labeled", "unlabeled", "validation")] == [12, 8, 4]
     assert "images: 16 of its 24 images are labelled or validation images; they are left out" in capsys.readouterr().err
+    shutil.copytree("set/annotations", "twin/annotations")
+    (tmp_path / "twin" / "images").symlink_to("../link/images")
+    for file in (folder / "images").iterdir():
+        if file.name not in {Path(name).name for name in files[:12]} | {Path(name).name for name in files[20:]}:
+            file.unlink()
+    with pytest.raises(UserError, match="link/images: all its images are in the data set; give others, or a lower"):
+        split("twin", "out", percent=100, unlabeled="link/images")
 
 
 @pytest.mark.parametrize(

@@ -51,14 +51,17 @@ def test_one_of_the_two(evaluated, trained, manifests, tmp_path, weights):
 
 
 def test_what_is_found_can_be_set(evaluated, trained, manifests, tmp_path):
-    """A model of another machine's device, and AP at another threshold than it was trained with."""
+    """AP at another threshold than the model was trained with, on another device."""
     out = tmp_path / "out"
-    chosen = ["detector.score_threshold=0.3", "training.device=cpu"]
+    chosen = ["detector.score_threshold=0.3"]
     evaluate(str(trained), str(manifests / "validation.json"), str(out), weights="teacher", overrides=chosen)
     rows, before = (json.loads((folder / "detections.json").read_text()) for folder in (out, evaluated[0]))
     key = str
     assert sorted(rows, key=key) == sorted((row for row in before if row["score"] > 0.3), key=key)
     assert len(rows) < len(before)
+    assert json.loads((out / "metrics.json").read_text())["overrides"] == chosen
+    with pytest.raises(UserError, match=r"training\.device = 'nowhere': not usable here .*--set training\.device=auto"):
+        evaluate(*map(str, (trained, manifests / "validation.json", out)), overrides=["training.device=nowhere"])
 
 
 def test_an_image_that_is_broken_is_left_out(trained, digits, tmp_path, capsys):

@@ -95,6 +95,7 @@ def test_interrupted_demo_stops_everything(data, tmp_path, signum):
         (["--percent", "0"], "must be more than 0 and at most 100"),
         (["--percent", "100"], "leaves no unlabelled image"),
         (["--percent", "100", "--unlabeled", "/nowhere"], "/nowhere: no such folder; give one of images"),
+        (["--data", "/usr/lib", "--unlabeled", "/usr"], "/usr: holds the data set itself; give a folder beside it"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, options, says):

@@ -94,8 +94,11 @@ def test_record(world: World, tmp_path: Path) -> None:
     with storage.local_input(f"{place}/model") as kept:
         assert ModelFolder(kept).provenance == source.provenance
     assert champion_model(world.repository, world.registry, "cards") == f"{place}/model"
+    parity = json.loads(Path(onnx, "parity.json").read_text()) | {"overrides": ["detector.score_threshold=0.3"]}
+    Path(onnx, "parity.json").write_text(json.dumps(parity))
     again = record(model, onnx, world.repository, "cards", world.registry, gate=str(tmp_path / "gate"), run="ffff")
     assert again["run_id"] == "ffff"
+    assert again["settings"]["detector"]["score_threshold"] == 0.3  # as it was exported
 
 
 @EVERYWHERE

@@ -62,6 +62,13 @@ def test_nothing_there(tree: Path, inputs: list[str], message: str) -> None:
         find_sources(inputs)
 
 
+def test_an_object_that_leads_out_of_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [storage.FileInfo(name, 1) for name in ("a.jpg", "b/../../c.jpg")]
+    monkeypatch.setattr(storage, "list_files", lambda uri: iter(listed))
+    with pytest.raises(UserError, match=r"s3://bucket/day: file_name 'b/\.\./\.\./c\.jpg' leaves the image folder"):
+        find_sources(["s3://bucket/day"])
+
+
 def test_s3(s3: str, tree: Path) -> None:
     file = io.BytesIO()
     Image.new("RGB", (9, 9)).save(file, "PNG")

@@ -172,7 +172,7 @@ def place(
     if reports:
         kubernetes.add_pod_label(task, *API_LABEL)
         if options.webhook_secret:
-            kubernetes.use_secret_as_env(task, options.webhook_secret, {"url": "SOFTTEACHER_WEBHOOK"})
+            kubernetes.use_secret_as_env(task, options.webhook_secret, {"url": "SOFTTEACHER_WEBHOOK"}, optional=True)
     return task
 
 

@@ -27,5 +27,5 @@ def report(status: dsl.PipelineTaskFinalStatus, pipeline: str, run: str, kfp_api
         run,
         kfp_api=kfp_api,
         kfp_ui=kfp_ui,
-        webhook=os.environ.get("SOFTTEACHER_WEBHOOK", ""),
+        webhook=os.environ.get("SOFTTEACHER_WEBHOOK", "").strip(),  # a file's last newline
     )

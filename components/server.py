@@ -191,7 +191,7 @@ class Server:
             # the old ones go last: where the new one is refused, they stay
             for other in present:
                 if other is not same:
-                    self.client.delete_recurring_run(other.recurring_run_id)
+                    self._delete(other)
         if same is None:
             return "replaced" if present else "created"
         return "unchanged" if is_enabled(same) else "enabled"
@@ -201,8 +201,13 @@ class Server:
         with self.explained("refused to delete the schedule"):
             found = list(self.schedules(job))
             for one in found:
-                self.client.delete_recurring_run(one.recurring_run_id)
+                self._delete(one)
         return len(found)
+
+    def _delete(self, job: V2beta1RecurringRun) -> None:
+        # by default Kubernetes deletes what a schedule has started along with it, in the midst of a training
+        delete = self.client._recurring_run_api.recurring_run_service_delete_recurring_run
+        delete(job.recurring_run_id, propagation_policy="ORPHAN")
 
     def schedules(self, job: str | None = None) -> Iterator[V2beta1RecurringRun]:
         """All schedules, or those of a name."""

@@ -126,6 +126,12 @@ def test_schedule_again(kfp: KfpServer, package: Path, capsys, change, word):
     assert (code, word in out) == (0, True)
     [after] = kfp.jobs  # never two of a name
     assert (before == after) is (word == "unchanged")
+    assert set(policies(kfp)) == (set() if before == after else {"ORPHAN"})
+
+
+def policies(kfp: KfpServer) -> list[str | None]:
+    """What is to become of the runs of each schedule that was deleted; by default Kubernetes deletes them, too."""
+    return [query.get("propagation_policy") for method, _, query, _ in kfp.asked if method == "delete"]
 
 
 def test_schedule_of_a_pipeline_that_has_changed_runs_the_new_one(kfp: KfpServer, package: Path, capsys, tmp_path):
@@ -163,6 +169,7 @@ def test_unschedule(kfp: KfpServer, package: Path, capsys):
     assert run(capsys, "unschedule", "one", "--host", kfp.url) == (0, "one: removed\n", "")
     assert run(capsys, "unschedule", "one", "--host", kfp.url) == (0, "one: there is no such schedule\n", "")
     assert [job["display_name"] for job in kfp.jobs.values()] == ["two"]
+    assert policies(kfp) == ["ORPHAN"]
 
 
 def test_list(kfp: KfpServer, package: Path, capsys):

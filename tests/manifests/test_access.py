@@ -15,6 +15,7 @@ KUBEFLOW = {"kubernetes.io/metadata.name": "kubeflow"}
 MODELS = {"kubernetes.io/metadata.name": "models"}
 MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
 APPS = {"kubernetes.io/metadata.name": "apps", "softteacher/triton-clients": "true"}
+USER = {"kubernetes.io/metadata.name": "alice", "softteacher/pipelines": "true"}
 STEP = {"pipelines.kubeflow.org/v2_component": "true"}
 NODE = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
 CLIENT = {"softteacher/triton-client": "true"}
@@ -54,6 +55,11 @@ def reached(policies: Documents, to: dict[str, str], namespace: dict[str, str], 
         (TRITON, {"kubernetes.io/metadata.name": "other"}, CLIENT, set()),
         (TRITON, KUBEFLOW, STEP, {8000, 8001}),
         (TRITON, KUBEFLOW, {}, set()),
+        (TRITON, USER, STEP, {8000, 8001}),
+        (TRITON, USER, {}, set()),
+        (STORE, USER, STEP, {8333}),
+        (STORE, USER, NODE, {8333}),
+        (STORE, USER, {}, set()),
         (TRITON, MONITORING, PROMETHEUS, {8002}),
         (TRITON, APPS, PROMETHEUS, set()),
         (TRITON, MODELS, {}, set()),

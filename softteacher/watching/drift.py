@@ -45,22 +45,21 @@ def psi(reference: np.ndarray, live: np.ndarray) -> float | None:
     return float(((q - p) * np.log(q / p)).sum())
 
 
-def chance(bins: int, reference_images: int, live_images: int) -> float:
+def chance(bins: int, reference: int, live: int) -> float:
     """The PSI that equal traffic exceeds by chance in one of twenty samples of these sizes.
 
     PSI / (1/n + 1/m) follows chi square with B - 1 degrees of freedom (B. Yurdakul, Statistical Properties of the
-    Population Stability Index, 2018); its quantile is Wilson's and Hilferty's. The samples are counted in images:
-    boxes of one image are not independent.
+    Population Stability Index, 2018); its quantile is Wilson's and Hilferty's.
 
     Args:
         bins: B, those that are not empty on both sides.
-        reference_images: n.
-        live_images: m.
+        reference: n.
+        live: m.
     """
-    if bins < 2 or not reference_images or not live_images:
+    if bins < 2 or not reference or not live:
         return 0.0
     k = 2 / (9 * (bins - 1))
-    return (bins - 1) * (1 - k + QUANTILE * math.sqrt(k)) ** 3 * (1 / reference_images + 1 / live_images)
+    return (bins - 1) * (1 - k + QUANTILE * math.sqrt(k)) ** 3 * (1 / reference + 1 / live)
 
 
 def compare(reference: TrafficProfile, live: TrafficProfile, threshold: float, min_images: int) -> dict[str, Any]:
@@ -96,7 +95,9 @@ def compare(reference: TrafficProfile, live: TrafficProfile, threshold: float, m
     for name in HISTOGRAMS:
         a, b = reference.histograms[name], live.histograms[name]
         value = psi(a, b)
-        limit = max(threshold, chance(int((a + b > 0).sum()), reference.images, live.images))
+        # boxes of one image are not independent: no more of them count than there are images
+        sizes = min(reference.images, int(a.sum())), min(live.images, int(b.sum()))
+        limit = max(threshold, chance(int((a + b > 0).sum()), *sizes))
         values[name], limits[name] = None if value is None else round(value, 4), round(limit, 4)
         if value is not None and value > limit:
             over.append(name)

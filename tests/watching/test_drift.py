@@ -95,6 +95,13 @@ def test_a_handful_of_images_is_no_drift():
     assert not facts["drift"]
 
 
+def test_equal_traffic_with_few_boxes_is_no_drift():
+    """One box in ten images: the histograms of boxes are of fifty and of thirty."""
+    pairs = [(profile(500, count=0.1, seed=n), profile(300, count=0.1, seed=100 + n)) for n in range(20)]
+    assert sum(compare(*pair, 0.25, 200)["retrain"] for pair in pairs) <= 4
+    assert compare(pairs[0][0], profile(3000, count=0.1, label=2, seed=9), 0.25, 200)["over"] == ["class"]
+
+
 def test_no_detections_at_all():
     facts = compare(profile(300), profile(300, count=0), 0.25, 200)
     assert [k for k, v in facts["psi"].items() if v is None] == ["score", "class", "size"]

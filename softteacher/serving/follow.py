@@ -43,8 +43,8 @@ def follow(
         triton: URL of this one Triton's HTTP service.
         every: seconds between two looks.
         timeout: seconds that Triton may take for loading a model.
-        ready_file: made when Triton has first been brought up to date, and touched at each look from then on; for the
-            probes of a container.
+        ready_file: made when Triton first serves what is live, or at least one of several models, and touched at each
+            look from then on; for the probes of a container.
         stop: ends it, when set.
 
     Raises:
@@ -57,7 +57,8 @@ def follow(
     while not stop.is_set():
         try:
             problems = catch_up(repository, triton, timeout)
-            reached = True
+            # one broken model doesn't hold up the others; but a pod that serves none must not replace one that does
+            reached = not problems or len(problems) < len(_deployed(repository))
         except UserError as e:
             problems, reached = {"": str(e)}, False
         for name in problems.keys() - before.keys():

@@ -16,9 +16,8 @@ from components.local import run_local
 from components.options import options_of, with_options
 from components.server import Server, is_enabled, read_package
 from components.steps import steps_of
-from softteacher.choices import Backend, Runner, ServedEngine
+from softteacher.choices import Backend, Runner, ServedEngine, check_percent
 from softteacher.config import load_settings
-from softteacher.data.split import check_percent
 from softteacher.errors import UserError
 
 Build = Callable[[ClusterOptions | None], GraphComponent]

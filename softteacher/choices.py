@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from softteacher.errors import UserError
+
 MethodName = Literal["soft_teacher", "mean_teacher", "stac", "supervised"]
 Weights = Literal["teacher", "student"]
 EngineName = Literal["openvino-fp32", "openvino-bf16", "openvino-int8", "onnxruntime-int8"]
@@ -30,3 +32,15 @@ class Bounds:
     max_class_drop: float = 0.05
     max_latency_ratio: float = 1.5
     require_significant: bool = False
+
+
+def check_percent(percent: float, unlabeled: str | None) -> None:
+    """Whether a share can be labelled.
+
+    Raises:
+        UserError: it can't, or no image would be left without labels.
+    """
+    if not 0 < percent <= 100:
+        raise UserError(f"--percent {percent:g}: must be more than 0 and at most 100, e.g. 10")
+    if percent == 100 and not unlabeled:
+        raise UserError("--percent 100: leaves no unlabelled image; give others with --unlabeled, or less, e.g. 10")

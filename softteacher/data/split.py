@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from softteacher import storage
+from softteacher.choices import check_percent
 from softteacher.config import DataSettings
 from softteacher.console import say
 from softteacher.data.check import check_images
@@ -131,18 +132,6 @@ def split(
     return facts
 
 
-def check_percent(percent: float, unlabeled: str | None) -> None:
-    """Whether a share can be labelled.
-
-    Raises:
-        UserError: it can't, or no image would be left without labels.
-    """
-    if not 0 < percent <= 100:
-        raise UserError(f"--percent {percent:g}: must be more than 0 and at most 100, e.g. 10")
-    if percent == 100 and not unlabeled:
-        raise UserError("--percent 100: leaves no unlabelled image; give others with --unlabeled, or less, e.g. 10")
-
-
 def find_annotations(data: str) -> tuple[str, str | None]:
     """The train and val json of a data set: `annotations/*train*.json` and `*val*.json`, or its only json.
 
@@ -220,7 +209,7 @@ def without(dataset: CocoDataset, *others: CocoDataset) -> CocoDataset:
     if len(kept) == len(dataset):
         return dataset
     many = f"{len(dataset) - len(kept)} of its {len(dataset)} images"
-    say(f"{dataset.source}: {many} are labelled or validation images; they are left out")
+    say(f"{dataset.source}: {many} are in {' and '.join({o.source: o for o in others})}, too; they are left out")
     return dataset.select(kept)
 
 

@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from softteacher import storage
-from softteacher.choices import Runner
+from softteacher.choices import Runner, check_percent
 from softteacher.config import load_settings
 from softteacher.console import say, track
 from softteacher.data.coco import load_coco
-from softteacher.data.split import check_percent
 from softteacher.demo.digits import make_digits
 from softteacher.demo.servers import TRITON_IMAGE, check_image, seaweedfs, triton
 from softteacher.errors import UserError

@@ -321,7 +321,7 @@ def _unlabeled(
 ) -> CocoDataset | None:
     if settings.method.name == "supervised":
         return None
-    found = without(load_unlabeled(unlabeled), train_set, val_set) if unlabeled is not None else None
+    found = without(load_unlabeled(unlabeled), val_set) if unlabeled is not None else None
     if not found:
         say(f"warning: no unlabelled images ({unlabeled or 'no --unlabeled'}): this is supervised training then")
         return None

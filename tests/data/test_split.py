@@ -164,7 +164,7 @@ def test_an_image_is_in_one_part_only(tmp_path, capsys, monkeypatch):
     files = [posix.realpath(part.uri(n)) for part in parts("out") for n in range(len(part))]
     assert len(files) == len(set(files)) == 24
     assert [facts[part]["images"] for part in ("labeled", "unlabeled", "validation")] == [12, 8, 4]
-    assert "images: 16 of its 24 images are labelled or validation images; they are left out" in capsys.readouterr().err
+    assert "images: 16 of its 24 images are in set/annotations/instances_train.json and" in capsys.readouterr().err
     shutil.copytree("set/annotations", "twin/annotations")
     (tmp_path / "twin" / "images").symlink_to("../link/images")
     for file in (folder / "images").iterdir():

@@ -116,7 +116,9 @@ class DetectorSettings(_Group):
     mask_channels: int = Field(256, ge=8, le=1024, description="maskrcnn: width of the mask head's convolutions")
     head_convs: int = Field(4, ge=1, le=8, description="FCOS: 3x3 convolutions of each branch of the head")
     anchor_scale: float = Field(8.0, gt=0, description="anchor side over the stride of its level")
-    pre_nms_train: int = Field(2000, ge=1, description="anchors kept per level before NMS, in training")
+    pre_nms_train: int = Field(
+        2000, ge=1, description="anchors kept per level before NMS, in training and by the teacher"
+    )
     proposals_train: int = Field(1000, ge=1, description="proposals per image, in training and by the teacher")
     pre_nms_test: int = Field(1000, ge=1, description="anchors kept per level before NMS, at test")
     proposals_test: int = Field(1000, ge=1, description="proposals per image, at test")
@@ -319,7 +321,6 @@ def change_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
 
     Raises:
         UserError: unknown key, bad value, or a setting that its weights depend on.
-
     """
     changes: dict[str, dict[str, Any]] = {}
     _override(changes, overrides)

@@ -47,6 +47,11 @@ def join(base: str | Path, *parts: str) -> str:
     return "/".join([str(base).rstrip("/"), *parts])
 
 
+def leads_out(name: str) -> bool:
+    """Whether the relative name of a file would lead out of the folder that it is joined to."""
+    return name.startswith("/") or (".." in name and ".." in name.split("/"))
+
+
 def read_bytes(uri: str | Path) -> bytes:
     """The content of one file.
 
@@ -158,7 +163,7 @@ def copy(source: str | Path, target: str | Path) -> None:
         return _copy_file(source, target)
     if not names:
         raise MissingFile(f"{source}: no such file or folder; check the path")
-    if not is_s3(target) and (odd := next((n for n in names if n.startswith("/") or ".." in n.split("/")), None)):
+    if not is_s3(target) and (odd := next(filter(leads_out, names), None)):
         raise UserError(f"{source}: the object {odd!r} can't be a file below a folder; remove it, or rename it")
     for name in names:
         _copy_file(join(source, name), join(target, name))

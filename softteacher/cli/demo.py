@@ -27,7 +27,8 @@ def demo(
     from softteacher.demo.run import demo as run
 
     run(
-        *(data, out),
+        data,
+        out,
         percent=percent,
         unlabeled=unlabeled,
         preset=preset,

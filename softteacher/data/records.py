@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import PureWindowsPath
 from reprlib import repr as show
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from softteacher import storage
 from softteacher.console import say
 from softteacher.errors import UserError
 
@@ -166,7 +167,7 @@ def file_name_complaint(name: Any) -> str | None:
     """What is wrong with a `file_name`; none if nothing is."""
     if not _is_text(name, "surrogateescape"):
         return f"file_name is {show(name)}; it must be the path of a file in the image folder"
-    if name.startswith("/") or "\\" in name or "\0" in name or (".." in name and ".." in PurePosixPath(name).parts):
+    if storage.leads_out(name) or "\\" in name or "\0" in name:
         return f"file_name {name!r} leaves the image folder; write it relative to that folder"
     return None
 

@@ -60,7 +60,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher", overrides: Seq
         detector = OnnxDetector(file)
         samples = np.stack([detector.letterbox(read_image(validation, i)[0])[0] for i in _spread(validation)])
         parity: dict[str, Any] = {"weights": weights, "image_size": size, "opset": OPSET, "onnx_sha256": sha256(file)}
-        parity["overrides"] = list(overrides)
+        parity["overrides"] = source.overrides
         for batch in (1, 4):
             found = parity[f"batch_{batch}"] = compare(served, detector, samples, batch)
             if found["matched"] < MIN_MATCHED * found["boxes"]:

@@ -55,17 +55,17 @@ def follow(
     before: dict[str, str] = {}
     pause = every
     while not stop.is_set():
+        up = not ready or ready.exists()  # once ready, it stays so: models that are loaded need no store
         try:
             problems = catch_up(repository, triton, timeout)
             # one broken model doesn't hold up the others; but a pod that serves none must not replace one that does
-            reached = not problems or len(problems) < len(_deployed(repository))
+            up = up or not problems or len(problems) < len(_deployed(repository))
         except UserError as e:
-            problems, reached = {"": str(e)}, False
+            problems = {"": str(e)}
         for name in problems.keys() - before.keys():
             say(problems[name])
         before = problems
-        # once ready, it stays so: models that are loaded need no store
-        if ready and (reached or ready.exists()):
+        if ready and up:
             try:
                 ready.touch()
             except OSError as e:

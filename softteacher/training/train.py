@@ -145,8 +145,8 @@ def _train(
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
         # where it can be looked at while training goes on, and after a run that was stopped
-        log = folder and (folder if storage.is_s3(out) else Path(out, "log"))
-        if log and log != folder:
+        log = Path(out, "log") if main and not storage.is_s3(out) else None
+        if log:
             say(f"train: the log is in {log}; look at it: tensorboard --logdir {log}")
         checkpoints = Checkpoints(place, run, s.keep_checkpoints)
         cache = settings.method.burn_in_cache if settings.burn_in_steps else None
@@ -165,12 +165,12 @@ def _train(
             trainer,
             parts,
             sets,
-            log,
+            log or folder,
             checkpoints if main else None,
             teacher_only,
             burn_in if main else None,
         )
-        if folder and log and log != folder:
+        if folder and log:
             for file in log_files(log):
                 shutil.copy(file, folder)
         best = trainer.progress.best
@@ -206,7 +206,7 @@ def _train(
             ModelFolder.write(folder, student, teacher, settings, val_set, metrics, provenance)
     if main:
         checkpoints.remove()
-        if log and log != folder:  # the model folder has it now
+        if log:  # the model folder has it now
             for file in log_files(log):
                 file.unlink()
             with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from softteacher.data.coco import load_coco
+from softteacher.data.split import split
 from softteacher.demo.digits import make_digits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SeaweedFS and Triton come as wheels for Linux")
@@ -64,6 +65,9 @@ def test_demo_serves_what_it_trained_and_stops_everything(data, tmp_path):
     assert "supervised" in output
     [version] = summary["lineage"]["versions"]
     assert version["data"]["labeled"]["fingerprint"] in output
+    # by itself, and from a folder, the split is that of the pipeline
+    alone = split(str(data), str(tmp_path / "splits"), percent=30, stratify=True)
+    assert alone["labeled"]["fingerprint"] == version["data"]["labeled"]["fingerprint"]
     assert left_behind(tmp_path) == []
 
 

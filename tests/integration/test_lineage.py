@@ -87,6 +87,7 @@ def test_a_second_model_from_the_first(
     second, before = json.loads(out)["versions"]
     assert (second["version"], before["version"]) == (2, 1)
     assert second["parents"] == {"champion": 1, "warm_start": provenance["parent"] | {"name": name, "version": 1}}
+    assert second["data"]["validation"]["fingerprint"] == before["data"]["validation"]["fingerprint"]
     assert second["gate"]["reason"] == decision.reason
     assert (second["image"], second["run_id"], before["run_id"]) == ("r.example/train@sha256:ab", "run-2", "run-1")
     code, out = run(capsys, monkeypatch, *asked)

@@ -189,10 +189,10 @@ def build_training_pipeline(options: ClusterOptions | None = None) -> GraphCompo
             decision = placed(gate(onnx=onnx, **model_name, **bounds))
             with dsl.If(decision.outputs["Output"] == True, name="better than the champion"):  # noqa: E712 - KFP reads it
                 served = {"backend": triton_backend, "engine": triton_engine, "gpu": triton_gpu, "canary": 0.0}
-                deployed = placed(deploy(onnx=onnx, triton=triton, **model_name, **served))
+                better = {"onnx": onnx, "decision": decision.outputs["results"], "run": RUN, **model_name}
+                deployed = placed(deploy(**better, triton=triton, **served))
                 with dsl.If(registry != "", name="there is a registry"):
-                    made = {"model": model, "onnx": onnx, "decision": decision.outputs["results"]}
-                    placed(record(**made, **model_name, registry=registry, run=RUN)).after(deployed)
+                    placed(record(**better, model=model, registry=registry)).after(deployed)
             with dsl.If(baseline == True, name="baseline"):  # noqa: E712
                 base = training("train-baseline", options, method="supervised", **settings)
                 if options is None:
@@ -298,9 +298,9 @@ def build_retraining_pipeline(options: ClusterOptions | None = None) -> GraphCom
                 decision = placed(gate(onnx=onnx, **model_name, **bounds))
                 with dsl.If(decision.outputs["Output"] == True, name="better than the champion"):  # noqa: E712
                     served = {"backend": triton_backend, "engine": triton_engine, "gpu": triton_gpu, "canary": canary}
-                    deployed = placed(deploy(onnx=onnx, triton=triton, **model_name, **served))
-                    made = {"model": model, "onnx": onnx, "decision": decision.outputs["results"]}
-                    kept = placed(record(**made, **model_name, registry=registry, run=RUN)).after(deployed)
+                    better = {"onnx": onnx, "decision": decision.outputs["results"], "run": RUN, **model_name}
+                    deployed = placed(deploy(**better, triton=triton, **served))
+                    kept = placed(record(**better, model=model, registry=registry)).after(deployed)
                     end("accepted").after(kept, scored)
                 with dsl.Else(name="not better"):
                     end("rejected").after(scored)

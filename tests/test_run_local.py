@@ -109,7 +109,9 @@ def test_local_run_with_baseline(tmp_path: Path):
     assert Path(outputs["gate"]["report"]).read_text() == "gate"
     deployed = [outputs["export"]["onnx"], *REQUIRED[3::2], "detector"]
     runtime = {"backend": "python", "engine": "onnxruntime-fp32", "gpu": False, "tensorrt": False}
-    assert by_name["deploy"] == (deployed, {"runtime": runtime, "canary": None})
+    options = {"runtime": runtime, "canary": None, "decision": outputs["gate"]["results"]}
+    assert by_name["deploy"] == (deployed, options | {"run": by_name["deploy"][1]["run"]})
+    assert by_name["deploy"][1]["run"].isdecimal()  # kfp.local's own
     trained = [(arguments, options) for name, arguments, options in calls if name == "launch"]
     assert ["name='soft_teacher'" in arguments[4] for arguments, _ in trained] == [True, False]
     assert all("seed=7" in arguments[4] for arguments, _ in trained)

@@ -49,6 +49,12 @@ def deploy(
     canary: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Only this share of the requests, 10% or 0.1, until `promote`.")
     ] = None,
+    decision: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of `softteacher gate --out`: refuse if that said no, or another version is live now."
+        ),
+    ] = None,
     timeout: Timeout = 600,
 ) -> None:
     """Make a new version live when it answers as ONNX Runtime does; otherwise the old one stays."""
@@ -58,7 +64,8 @@ def deploy(
 
     share = None if canary is None else parse_share(canary)
     runtime = Runtime(backend, engine, gpu, tensorrt)
-    print_facts(run(onnx, repository, triton, name, runtime=runtime, canary=share, timeout=timeout))
+    facts = run(onnx, repository, triton, name, runtime=runtime, canary=share, decision=decision, timeout=timeout)
+    print_facts(facts)
 
 
 @app.command(

@@ -1,30 +1,35 @@
-"""One deployment of a name at a time: the claim file says who is at it, and whether that process can still be alive."""
+"""One deployment of a name at a time: the claim file says who is at it, and that it is still alive."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from softteacher import storage
+from softteacher.console import say
 from softteacher.errors import UserError
 
-CLAIM_TIMEOUT = 3600.0  # seconds after which a deployment on another host counts as dead
+RENEW = 10.0  # seconds between two signs of life
+LEASE = 60.0  # seconds without one after which a deployment counts as dead
 
 
 class Claim:
     """The right to change what is live under a name (on S3; a claim on a local disk is not written conditionally).
 
     A process that was killed leaves its claim. On the same host it is known to be dead, and its claim is taken over at
-    once; that of another host after an hour.
+    once; that of another host when it has shown no sign of life for a minute of our own clock, since theirs may differ.
     """
 
     def __init__(self, uri: str, name: str) -> None:
-        """Take it.
+        """Take it; where one is left that may be dead, wait for a sign of life.
 
         Args:
             uri: of the claim file.
@@ -34,19 +39,40 @@ class Claim:
             UserError: somebody else has it.
         """
         self.uri, self.name = uri, name
-        mine = {"host": socket.gethostname(), "time": time.time(), "pid": os.getpid(), **_running(os.getpid())}
-        self._text = json.dumps(mine).encode()
-        etag = storage.etag(uri)
-        theirs = read_claim(uri)
-        if theirs and not _dead(theirs):
-            raise UserError(
-                f"{name}: {theirs['host']} has been deploying it for {time.time() - theirs['time']:.0f} s;"
-                f" wait, or remove {uri} if that run is dead"
-            )
+        self._mine: dict[str, Any] = {
+            "owner": uuid4().hex,
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "beats": 0,
+        }
+        self._mine |= {"pid": os.getpid(), **_running(os.getpid())}
+        etag = self._await_end()
         try:
-            storage.write_bytes(uri, self._text, if_match=etag)
+            storage.write_bytes(uri, json.dumps(self._mine).encode(), if_match=etag)
         except storage.Conflict:
             raise UserError(f"{name}: somebody else has just begun to deploy it; wait for that run") from None
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Show signs of life, from a thread, while the block runs."""
+        stop = threading.Event()
+
+        def renew() -> None:
+            while not stop.wait(RENEW):
+                with suppress(UserError):  # the store may be away for a while; `check` tells if that was too long
+                    etag = storage.etag(self.uri)
+                    if not self._ours():
+                        return
+                    self._mine["beats"] += 1
+                    storage.write_bytes(self.uri, json.dumps(self._mine).encode(), if_match=etag)
+
+        thread = threading.Thread(target=renew, name="claim", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
     def check(self) -> None:
         """See that nobody took it over: called before anything becomes live.
@@ -63,10 +89,27 @@ class Claim:
             storage.remove(self.uri)
 
     def _ours(self) -> bool:
-        try:
-            return storage.read_bytes(self.uri) == self._text
-        except storage.MissingFile:
-            return False
+        theirs = read_claim(self.uri)
+        return theirs is not None and theirs.get("owner") == self._mine["owner"]
+
+    def _await_end(self) -> str:
+        """Wait until nobody has it; returns the etag of what is to be replaced."""
+        first, until = None, time.monotonic() + LEASE
+        while True:
+            etag = storage.etag(self.uri)
+            theirs = read_claim(self.uri)
+            if theirs is None or _dead(theirs) or (first == theirs and time.monotonic() > until):
+                return etag
+            here = self._mine.get("machine")
+            if first not in (None, theirs) or (here and here == theirs.get("machine")):
+                raise UserError(
+                    f"{self.name}: {theirs['host']} has been deploying it for {time.time() - theirs['time']:.0f} s;"
+                    f" wait for that run, or remove {self.uri} if you know that it is dead"
+                )
+            if first is None:
+                say(f"{self.name}: {theirs['host']} is deploying it, or was killed; waiting for a sign of life")
+            first = theirs
+            time.sleep(1)
 
 
 def claim_uri(repository: str, name: str) -> str:
@@ -75,7 +118,7 @@ def claim_uri(repository: str, name: str) -> str:
 
 
 def read_claim(uri: str) -> dict[str, Any] | None:
-    """Who is deploying: `host`, `time` (of the start, seconds since 1970), `pid`; none if nobody is.
+    """Who is deploying: `owner`, `host`, `time` (of the start, seconds since 1970), `beats`, `pid`; none if nobody is.
 
     Raises:
         UserError: the claim file is not ours.
@@ -90,8 +133,7 @@ def read_claim(uri: str) -> dict[str, Any] | None:
 
 
 def _dead(claim: dict[str, Any]) -> bool:
-    if time.time() - claim["time"] > CLAIM_TIMEOUT:
-        return True
+    """Whether it is of a process of this machine that runs no more."""
     here = _running(os.getpid())
     # process numbers mean something only to the same boot of the same kernel, in the same container
     if not here or claim.get("machine") != here["machine"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ from softteacher.errors import UserError
 from softteacher.serving.canary_state import Canary, read_canary, refuse_beside
 from softteacher.serving.deployment import Deployment, deployment
 from softteacher.serving.follow import await_replicas
-from softteacher.serving.repository import Champion, Runtime, config, read_onnx_folder, versions
+from softteacher.serving.repository import Champion, OnnxFolder, Runtime, config, next_version, read_onnx_folder
 from softteacher.serving.smoke import read_smoke
 from softteacher.serving.version_folder import open_version, read_manifest, write_version
 
@@ -36,6 +37,8 @@ def deploy(
     *,
     runtime: Runtime = Runtime(),  # noqa: B008  it is frozen
     canary: float | None = None,
+    decision: str | None = None,
+    run: str = "",
     keep: int = KEEP,
     timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
@@ -53,6 +56,8 @@ def deploy(
         runtime: Triton's backend, and the engine.
         canary: share of the requests (0 to 1) that clients send to the new version while the old one stays live, until
             `promote` or `rollback`; by default, and where nothing is live yet, the new version goes live.
+        decision: folder that `gate` wrote; it must have said yes, and have compared with what is live now.
+        run: id of the pipeline run; what the same run has deployed already is not deployed again.
         keep: versions that stay in the repository for rollbacks, the live one included; a load fetches them all.
         timeout: seconds that Triton may take for loading a model, and for an answer.
 
@@ -63,49 +68,61 @@ def deploy(
     Raises:
         UserError: the new version is not live; the message says what happened and what is.
     """
-    started = time.monotonic()
     _check_name(name)
     with storage.local_input(onnx) as folder:
         model = read_onnx_folder(folder)
         model.require(runtime)
         read_smoke(folder)
         with deployment(repository, triton, name, timeout) as target:
-            refuse_beside(target.canary, name, "deploy again")
-            if canary and not target.champion:
-                say(f"deploy: no version of {name} is live yet to compare a canary with; this one goes live")
-                canary = None
-            version = max(versions(repository, name), default=0) + 1
-            new = Champion(
-                name=name,
-                version=version,
-                previous=_previous(target, keep),
-                ap=model.ap,
-                validation_fingerprint=model.validation_fingerprint,
-                onnx_sha256=model.sha256,
-                deployed_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                deployed_by=_who(),
-                engine=runtime.engine,
-                provenance=model.provenance,
-            )
-            files: dict[str, Path | bytes] = {
-                "model.onnx": folder / runtime.onnx_file,
-                "smoke.npz": folder / "smoke.npz",
-                "config.pbtxt": config(model, version, runtime).encode(),
-            }
-            if (folder / "profile.json").exists():
-                files["profile.json"] = folder / "profile.json"
-            if runtime.backend == "python":
-                files |= PYTHON_FILES
-            candidate = target.folder(version, "-candidate")
-            write_version(candidate, files, new)
-            target.try_candidate(version)
-            if canary:
-                compared = target.start_canary(Canary(version, canary), candidate)
+            facts = _of_run(target, run, model.sha256)
+            if facts:
+                say(f"deploy: this run has deployed it already, as version {facts['version']} of {name}")
             else:
-                compared = target.go_live(new, candidate)
-                target.prune(new)
-    facts = _facts(new, target, started, compared)
-    return facts | ({"canary": canary} if canary else await_replicas(triton, name, version))
+                refuse_beside(target.canary, name, "deploy again")
+                if decision:
+                    _check_decision(decision, target.champion)
+                facts = _deploy(target, model, runtime, canary, run, keep)
+    return facts if "canary" in facts else facts | await_replicas(triton, name, facts["version"])
+
+
+def _deploy(
+    target: Deployment, model: OnnxFolder, runtime: Runtime, canary: float | None, run: str, keep: int
+) -> dict[str, Any]:
+    if canary and not target.champion:
+        say(f"deploy: no version of {target.name} is live yet to compare a canary with; this one goes live")
+        canary = None
+    version = next_version(target.repository, target.name)
+    new = Champion(
+        name=target.name,
+        version=version,
+        previous=_previous(target, keep),
+        ap=model.ap,
+        validation_fingerprint=model.validation_fingerprint,
+        onnx_sha256=model.sha256,
+        deployed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        deployed_by=_who(),
+        engine=runtime.engine,
+        provenance=model.provenance,
+        run=run,
+    )
+    files: dict[str, Path | bytes] = {
+        "model.onnx": model.path / runtime.onnx_file,
+        "smoke.npz": model.path / "smoke.npz",
+        "config.pbtxt": config(model, version, runtime).encode(),
+    }
+    if (model.path / "profile.json").exists():
+        files["profile.json"] = model.path / "profile.json"
+    if runtime.backend == "python":
+        files |= PYTHON_FILES
+    candidate = target.folder(version, "-candidate")
+    write_version(candidate, files, new)
+    target.try_candidate(version)
+    if canary:
+        compared = target.start_canary(Canary(version, canary), candidate)
+        return _facts(new, target, compared) | {"canary": canary}
+    compared = target.go_live(new, candidate)
+    target.prune(new)
+    return _facts(new, target, compared)
 
 
 def promote(repository: str, triton: str, name: str, *, keep: int = KEEP, timeout: float = TIMEOUT) -> dict[str, Any]:
@@ -124,7 +141,6 @@ def promote(repository: str, triton: str, name: str, *, keep: int = KEEP, timeou
     Raises:
         UserError: there is no canary, or it isn't good; the live version and the canary stay as they are then.
     """
-    started = time.monotonic()
     _check_name(name)
     with deployment(repository, triton, name, timeout) as target:
         if target.canary is None:
@@ -136,7 +152,7 @@ def promote(repository: str, triton: str, name: str, *, keep: int = KEEP, timeou
         compared = target.go_live(new, folder)
         target.end_canary()
         target.prune(new)
-    return _facts(new, target, started, compared) | await_replicas(triton, name, new.version)
+    return _facts(new, target, compared) | await_replicas(triton, name, new.version)
 
 
 def rollback(repository: str, triton: str, name: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
@@ -155,7 +171,6 @@ def rollback(repository: str, triton: str, name: str, *, timeout: float = TIMEOU
     Raises:
         UserError: there is no older version, or it doesn't answer as it did; the live version stays then.
     """
-    started = time.monotonic()
     _check_name(name)
     with deployment(repository, triton, name, timeout) as target:
         if target.champion is None:
@@ -166,7 +181,7 @@ def rollback(repository: str, triton: str, name: str, *, timeout: float = TIMEOU
             target.end_canary()
             if read_canary(repository, name):
                 raise UserError(f"{name}: the canary could not be ended; try again")
-            facts = _facts(target.champion, target, started, {})
+            facts = _facts(target.champion, target, {})
             del facts["smoke"]
             return facts | {"ended_canary": target.canary.version}
         if not target.champion.previous:
@@ -177,7 +192,7 @@ def rollback(repository: str, triton: str, name: str, *, timeout: float = TIMEOU
             raise UserError(f"{name}: version {version} is not whole in {repository}, or not there any more")
         new = replace(manifest.record, previous=older)
         compared = target.go_live(new)
-    return _facts(new, target, started, compared) | await_replicas(triton, name, version)
+    return _facts(new, target, compared) | await_replicas(triton, name, version)
 
 
 def _previous(target: Deployment, keep: int) -> list[int]:
@@ -185,12 +200,44 @@ def _previous(target: Deployment, keep: int) -> list[int]:
     return [target.champion.version, *target.champion.previous][: keep - 1] if target.champion else []
 
 
-def _facts(new: Champion, target: Deployment, started: float, compared: dict[str, Any]) -> dict[str, Any]:
+def _of_run(target: Deployment, run: str, sha256: str) -> dict[str, Any]:
+    """The facts of what a run has deployed, since Kubeflow tries a step again whose pod was lost; none if nothing."""
+    live, trial = target.champion, target.canary
+    if not run or live is None:
+        return {}
+    if trial:
+        manifest = read_manifest(target.folder(trial.version, "-canary"))
+        if manifest and (manifest.record.run, manifest.record.onnx_sha256) == (run, sha256):
+            return _facts(manifest.record, target, target.try_canary(trial)) | {"canary": trial.share}
+    if (live.run, live.onnx_sha256) == (run, sha256):
+        facts = _facts(live, target, target.try_live(live.version))
+        return facts | {"previous": next(iter(live.previous), None)}
+    return {}
+
+
+def _check_decision(folder: str, champion: Champion | None) -> None:
+    uri = storage.join(folder, "gate.json")
+    try:
+        gate = json.loads(storage.read_bytes(uri))
+        yes, reason, compared = gate["deploy"], gate["reason"], (gate["comparison"] or {"version": None})["version"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{uri}: torn, or not of `softteacher gate`; run that again") from None
+    if not yes:
+        raise UserError(f"{uri}: the gate said no: {reason}")
+    if compared != (champion.version if champion else None):
+        with_what = f"with version {compared}" if compared else "with nothing, as nothing was live"
+        raise UserError(
+            f"{uri}: the gate compared {with_what}, but now"
+            f" {f'version {champion.version} is live' if champion else 'nothing is'}; run the gate again"
+        )
+
+
+def _facts(new: Champion, target: Deployment, compared: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": new.name,
         "version": new.version,
         "previous": target.champion.version if target.champion else None,
-        "seconds": round(time.monotonic() - started, 2),
+        "seconds": round(time.monotonic() - target.started, 2),
         "smoke": compared,
     }
 

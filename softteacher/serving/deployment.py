@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from softteacher.serving.canary_state import Canary, canary_folder, read_canary,
 from softteacher.serving.claim import Claim, claim_uri
 from softteacher.serving.connection import addresses, connect, explained
 from softteacher.serving.repository import (
+    LAST_VERSION,
     Champion,
     champion_etag,
     parse_config,
     read_champion,
+    use_version,
     versions,
     write_champion,
 )
@@ -48,6 +50,7 @@ class Deployment:
         canary: at the start, if any.
         before: the version that Triton serves if this deployment fails: the champion, or what a killed first deployment
             had put live without coming to write the pointer.
+        started: when, by the monotonic clock.
     """
 
     server: Any
@@ -59,6 +62,7 @@ class Deployment:
     etag: str
     canary: Canary | None
     before: int | None
+    started: float = field(default_factory=time.monotonic)
 
     def folder(self, version: int, kind: str = "") -> str:
         """The folder of a version of the model, its `-candidate` or its `-canary`."""
@@ -90,11 +94,17 @@ class Deployment:
                 copy_version(source, final)
             smoke = _verified_smoke(final)
             self.claim.check()
+            if source:
+                use_version(self.repository, self.name, new.version)
             undo.push(partial(self._restore, new))
             compared = self.activate(self.name, new.version, smoke)
             write_champion(self.repository, new, self.etag)
             undo.pop_all()
         return compared
+
+    def try_live(self, version: int) -> dict[str, Any]:
+        """Check the live version's files, load it unless it is loaded, and compare its answer with the recorded one."""
+        return self.activate(self.name, version, _verified_smoke(self.folder(version)))
 
     def start_canary(self, canary: Canary, source: str) -> dict[str, Any]:
         """Serve a version folder as the canary. Returns how its answer compared."""
@@ -102,6 +112,7 @@ class Deployment:
             undo.callback(self.end_canary)
             copy_version(source, self.folder(canary.version, "-canary"))
             self.claim.check()
+            use_version(self.repository, self.name, canary.version)
             compared = self.try_canary(canary)
             write_canary(self.repository, self.name, canary)
             undo.pop_all()
@@ -200,7 +211,8 @@ class Deployment:
                 return
             with explained(self.url):
                 self.server.unload_model(self.name)
-            storage.remove(storage.join(self.repository, self.name, "config.pbtxt"))
+            for file in ("config.pbtxt", LAST_VERSION):
+                storage.remove(storage.join(self.repository, self.name, file))
         except UserError as worse:
             raise NotRestored(
                 f"{error}; and the state before could not be restored ({worse}): look at {self.url}"
@@ -272,8 +284,9 @@ def deployment(repository: str, triton: str, name: str, timeout: float) -> Itera
             target = Deployment(server, triton, repository, name, claim, champion, etag, canary, before)
             live = "nothing is live" if before is None else f"version {before} stays live"
             try:
-                target.mend()
-                yield target
+                with claim.renewed():
+                    target.mend()
+                    yield target
             except NotRestored:
                 raise
             except UserError as e:

@@ -73,10 +73,7 @@ def record(
         place = storage.join(registry, name, str(deployed.version))
         before = _read(place)
         if before and before["onnx_sha256"] != exported.sha256:
-            if not before["canary"]:
-                raise UserError(f"{place}: is the record of another model; a new repository needs a new --registry")
-            storage.remove(storage.join(place, RECORD))  # of a canary that was ended: its number is given again
-            storage.remove(place)
+            raise UserError(f"{place}: is the record of another model; a new repository needs a new --registry")
         files = sorted((f for f in model_path.iterdir() if f.is_file()), key=lambda f: f.name == "provenance.json")
         for file in files:  # the provenance last: a model folder without it is torn
             storage.copy(file, storage.join(place, "model", file.name))

@@ -2,6 +2,7 @@
 
 {repository}/{name}/config.pbtxt        names the one live version
                     champion.json       the champion pointer: which version, how good, on what data
+                    last_version        the highest number that was ever served; none is given twice
                     {version}/          model.onnx, model.py (python backend), and what a rollback needs: config.pbtxt,
                                         smoke.npz, manifest.json (see version_folder.py)
 {repository}/{name}-candidate/          a version before its smoke test, and claim.json: who is deploying
@@ -24,6 +25,7 @@ from softteacher.errors import UserError
 from softteacher.serving.outputs import MASKS, OUTPUTS
 
 INT8_FILE = "model.int8.onnx"
+LAST_VERSION = "last_version"
 REFERENCE_ENGINE = "onnxruntime-fp32"  # whose answers `smoke.npz` records
 
 
@@ -127,7 +129,10 @@ class OnnxFolder:
 
 @dataclass(frozen=True)
 class Champion:
-    """The champion pointer: the live version of a model, and the older ones that a rollback can go to, newest first."""
+    """The champion pointer: the live version of a model, and the older ones that a rollback can go to, newest first.
+
+    `run` is the id of the pipeline run that deployed it, empty if none did.
+    """
 
     name: str
     version: int
@@ -139,6 +144,7 @@ class Champion:
     deployed_by: str
     provenance: dict[str, Any]
     engine: str = REFERENCE_ENGINE
+    run: str = ""
 
     def to_json(self) -> bytes:
         """As `champion.json` has it."""
@@ -271,6 +277,28 @@ def versions(repository: str, name: str) -> list[int]:
         return []
     folders = {file.name.split("/")[0] for file in storage.list_files(folder)}
     return sorted(int(f) for f in folders if f.isdecimal())
+
+
+def next_version(repository: str, name: str) -> int:
+    """A number that nothing has been served under, not even a canary that is gone: replicas, clients and records tell
+    models by it.
+
+    Raises:
+        UserError: the repository can't be read.
+    """
+    uri = storage.join(repository, name, LAST_VERSION)
+    try:
+        last = int(storage.read_bytes(uri))
+    except storage.MissingFile:
+        last = 0
+    except ValueError:
+        raise UserError(f"{uri}: torn, or not ours; write the highest version that was ever deployed into it") from None
+    return max([last, *versions(repository, name)]) + 1
+
+
+def use_version(repository: str, name: str, version: int) -> None:
+    """Remember a number before anything is served under it."""
+    storage.write_bytes(storage.join(repository, name, LAST_VERSION), str(version).encode())
 
 
 def read_champion(repository: str, name: str) -> Champion | None:

@@ -292,15 +292,13 @@ def test_gate(library, tmp_path: Path, capsys, champion_ap, shown):
 @pytest.mark.parametrize(("canary", "expected"), [(0.0, None), (0.1, 0.1)])
 def test_deploy(library, tmp_path: Path, capsys, canary, expected):
     double = library("softteacher.serving.deploy.deploy", {"name": "cards", "version": 3})
-    onnx = artifact(dsl.Model, tmp_path, "onnx")
+    onnx, results = artifact(dsl.Model, tmp_path, "onnx"), artifact(dsl.Artifact, tmp_path, "results")
+    where = ("s3://b/models", "http://t:8000", "cards")
 
-    assert deploy.deploy.python_func(
-        onnx, "s3://b/models", "http://t:8000", "cards", "python", "openvino-bf16", False, canary
-    ) == ({"name": "cards", "version": 3},)
-    runtime = Runtime("python", "openvino-bf16", gpu=False)
-    double.assert_called_once_with(
-        onnx.path, "s3://b/models", "http://t:8000", "cards", runtime=runtime, canary=expected
-    )
+    served = ("python", "openvino-bf16", False, canary)
+    assert deploy.deploy.python_func(onnx, results, *where, *served, "0a1b") == ({"name": "cards", "version": 3},)
+    options = {"runtime": Runtime(*served[:2]), "canary": expected, "decision": results.path, "run": "0a1b"}
+    double.assert_called_once_with(onnx.path, *where, **options)
     assert facts(capsys) == {"step": "deploy", "name": "cards", "version": 3}
 
 

@@ -17,9 +17,11 @@ from PIL import Image
 from softteacher import storage
 from softteacher.demo.servers import triton
 from softteacher.errors import UserError
+from softteacher.serving import claim as claim_module
 from softteacher.serving import deployment as deploy_module
+from softteacher.serving.claim import Claim
 from softteacher.serving.client import Client, connect, infer
-from softteacher.serving.deploy import deploy, rollback
+from softteacher.serving.deploy import deploy, promote, rollback
 from softteacher.serving.repository import parse_config, read_champion, versions
 from softteacher.serving.status import status
 from tests.conftest import TritonServer
@@ -264,18 +266,65 @@ def test_the_first_deployment_fails_to_nothing(
 
 
 def test_two_deployments_of_one_name_do_not_mix(
-    triton_server: TritonServer, live: str, folders: dict[str, Path]
+    triton_server: TritonServer, live: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = f"{triton_server.repository}/{live}-candidate/claim.json"
-    storage.write_bytes(claim, json.dumps({"host": "other", "time": 4e9}).encode())
-    with pytest.raises(UserError, match="other has been deploying it"):
-        deploy(str(folders["second"]), triton_server.repository, triton_server.url, live)
-    assert storage.exists(claim)
+    monkeypatch.setattr(claim_module, "LEASE", 1.0)
+    with Claim(claim, live).renewed():
+        with pytest.raises(UserError, match="has been deploying it"):
+            deploy(str(folders["second"]), triton_server.repository, triton_server.url, live)
+        assert storage.exists(claim)
     # a dead one doesn't block for ever
-    storage.write_bytes(claim, json.dumps({"host": "other", "time": 0}).encode())
+    storage.write_bytes(claim, json.dumps({"host": "other", "time": 4e9}).encode())
     with pytest.raises(UserError, match="no older version"):
         rollback(triton_server.repository, triton_server.url, live)
     assert not storage.exists(claim)
+
+
+def test_a_step_that_is_tried_again(triton_server: TritonServer, folders: dict[str, Path]) -> None:
+    """Kubeflow does so when a pod is lost, which may be after its work was done."""
+    name, (url, repository, _) = "retried", triton_server
+    deploy(str(folders["first"]), repository, url, name, run="monday")
+    for _ in range(2):
+        facts = deploy(str(folders["second"]), repository, url, name, run="tuesday")
+        assert (facts["version"], facts["previous"], facts["smoke"]["detections"]) == (2, 1, 4)
+    assert live_score(triton_server, name) == 0.8
+    assert versions(repository, name) == [1, 2]
+    for _ in range(2):
+        facts = deploy(str(folders["third"]), repository, url, name, canary=0.1, run="wednesday")
+        assert (facts["version"], facts["previous"], facts["canary"]) == (3, 2, 0.1)
+    with pytest.raises(UserError, match="version 3 is a canary"):  # not of this run
+        deploy(str(folders["third"]), repository, url, name, canary=0.1, run="thursday")
+    assert promote(repository, url, name)["version"] == 3
+    assert deploy(str(folders["third"]), repository, url, name, canary=0.1, run="wednesday")["version"] == 3
+    assert deploy(str(folders["third"]), repository, url, name, run="friday")["version"] == 4  # another run may
+
+
+def test_what_the_gate_decided(triton_server: TritonServer, folders: dict[str, Path], tmp_path: Path) -> None:
+    name, (url, repository, _) = "gated", triton_server
+
+    def decided(version: int | None, yes: bool = True) -> str:
+        comparison = version and {"version": version}
+        (tmp_path / "gate.json").write_text(json.dumps({"deploy": yes, "reason": "why", "comparison": comparison}))
+        return str(tmp_path)
+
+    def put(folder: str, decision: str) -> int:
+        return int(deploy(str(folders[folder]), repository, url, name, decision=decision)["version"])
+
+    with pytest.raises(UserError, match=r"compared with version 4, but now nothing is; run the gate again"):
+        put("first", decided(4))
+    assert put("first", decided(None)) == 1
+    with pytest.raises(UserError, match=r"compared with nothing, as nothing was live, but now version 1 is live; run"):
+        put("second", decided(None))
+    with pytest.raises(UserError, match=r"gate\.json: the gate said no: why"):
+        put("second", decided(1, yes=False))
+    assert put("second", decided(1)) == 2
+    with pytest.raises(UserError, match=r"compared with version 1, but now version 2 is live; run the gate again"):
+        put("first", decided(1))
+    assert live_score(triton_server, name) == 0.8
+    (tmp_path / "gate.json").write_text("{}")
+    with pytest.raises(UserError, match=r"gate\.json: torn, or not of `softteacher gate`"):
+        put("first", str(tmp_path))
 
 
 def test_what_is_wrong_around_it(triton_server: TritonServer, folders: dict[str, Path], s3: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from softteacher import storage
 from softteacher.errors import UserError
+from softteacher.serving import claim as claim_module
 from softteacher.serving.claim import Claim, read_claim
 
 TAKE = """
@@ -22,6 +23,12 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim_module, "RENEW", 0.2)
+    monkeypatch.setattr(claim_module, "LEASE", 2.0)
+
+
 def test_take_check_release(s3: str) -> None:
     uri = f"{s3}/claim.json"
     assert read_claim(uri) is None
@@ -30,7 +37,9 @@ def test_take_check_release(s3: str) -> None:
     assert taken is not None
     assert time.time() - 60 < taken["time"] <= time.time()
     claim.check()
-    with pytest.raises(UserError, match=r"cards: .* has been deploying it for \d+ s; wait, or remove s3://"):
+    with pytest.raises(
+        UserError, match=r"cards: .* has been deploying it for \d+ s; wait for that run, or remove s3://"
+    ):
         Claim(uri, "cards")
     claim.release()
     assert read_claim(uri) is None
@@ -52,16 +61,11 @@ def test_a_claim_that_was_taken_over_is_not_ours_any_more(s3: str) -> None:
 def test_two_at_the_same_moment(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other comes between our look and our write: the write is conditional."""
     uri = f"{s3}/claim.json"
-    etag = storage.etag
 
-    def overtaken(uri: str) -> str:
-        found = etag(uri)
-        monkeypatch.setattr(storage, "etag", etag)
-        Claim(uri, "cards")
+    def overtaken(uri: str) -> None:
         storage.write_bytes(uri, json.dumps({"host": "other", "time": 0}).encode())
-        return found
 
-    monkeypatch.setattr(storage, "etag", overtaken)
+    monkeypatch.setattr(claim_module, "read_claim", overtaken)
     with pytest.raises(UserError, match="somebody else has just begun to deploy it"):
         Claim(uri, "cards")
 
@@ -83,26 +87,55 @@ def test_a_killed_process_is_known_to_be_dead_on_its_own_host(s3: str) -> None:
     claim.check()
 
 
+ELSEWHERE = {"machine": "other"}  # who knows what runs there
+
+
 @pytest.mark.parametrize(
     ("changes", "free"),
     [
         ({}, False),
         ({"started": "1"}, True),  # the number went to another process
         ({"pid": 2**22 + 1}, True),  # larger than any
-        ({"pid": 2**22 + 1, "machine": "other"}, False),  # who knows what runs there
-        ({"machine": "other", "time": 0}, True),
-        ({"time": 0}, True),
+        (ELSEWHERE, True),
+        (ELSEWHERE | {"pid": 2**22 + 1, "time": 4e9}, True),  # their clock tells nothing
     ],
 )
-def test_who_counts_as_dead(changes: dict, free: bool, tmp_path: Path) -> None:
+def test_who_counts_as_dead(
+    changes: dict, free: bool, tmp_path: Path, hasty: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     uri = tmp_path / "claim.json"
     Claim(str(uri), "cards")
     uri.write_text(json.dumps(json.loads(uri.read_text()) | changes))
+    started = time.monotonic()
     if free:
-        Claim(str(uri), "cards")
+        Claim(str(uri), "cards").check()
     else:
         with pytest.raises(UserError, match="has been deploying it"):
             Claim(str(uri), "cards")
+    waited = "machine" in changes
+    assert (time.monotonic() - started >= 2) == waited
+    assert ("is deploying it, or was killed; waiting for a sign of life" in capsys.readouterr().err) == waited
+
+
+def test_one_that_shows_signs_of_life_is_left_alone(
+    s3: str, hasty: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"{s3}/claim.json"
+    running = claim_module._running
+    monkeypatch.setattr(claim_module, "_running", lambda pid: {"machine": "other", "started": "1"})
+    theirs = Claim(uri, "cards")
+    monkeypatch.setattr(claim_module, "_running", running)
+    with theirs.renewed():
+        with pytest.raises(UserError, match="has been deploying it"):
+            Claim(uri, "cards")
+        theirs.check()
+    Claim(uri, "cards").check()  # the signs have ended
+    with pytest.raises(UserError, match="another deployment took over"):
+        theirs.check()
+    with theirs.renewed():  # a renewal takes nothing back
+        time.sleep(0.5)
+    with pytest.raises(UserError, match="another deployment took over"):
+        theirs.check()
 
 
 def test_a_torn_claim(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     if file.exists():
         # a setting that is younger than the result had its default then
         defaults, earlier = what_decides(Settings()), json.loads(file.read_text())["settings"]
+        earlier["method"]["label_model"] = None
         if any({**defaults[group], **earlier[group]} != {**defaults[group], **settings[group]} for group in settings):
             raise RuntimeError(f"{file}: is of other settings; delete it to run {title} again")
         return
@@ -170,8 +171,9 @@ def what_decides(settings: Settings) -> dict[str, Any]:
         del tree[group][key]
     if settings.method.name == "supervised":
         tree["method"] = {key: tree["method"][key] for key in ("name", "label_model", "ema_momentum", "ema_ramp")}
-    for group, key in (("detector", "backbone_weights"), ("detector", "init_from"), ("method", "label_model")):
-        tree[group][key] = tree[group][key] and Path(tree[group][key]).name
+    tree["method"]["label_model"] = None  # the supervised run of the fold, or one like it that STAC trains itself
+    for key in ("backbone_weights", "init_from"):
+        tree["detector"][key] = tree["detector"][key] and Path(tree["detector"][key]).name
     return tree
 
 
@@ -194,8 +196,14 @@ def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
             "ap_std": statistics.stdev(aps) if len(aps) > 1 else 0.0,
             "runs": [
                 {key: run.get(key) for key in ("fold", "ap", "ap50", "student_ap", "precision")}
-                | {"processor": run["machine"]["processor"]}
-                for _, run in sorted(runs[method].items())
+                | {
+                    "processor": run["machine"]["processor"],
+                    # the first validation tells runs of one burn-in, of one machine, from those of another
+                    "same_start": method == "supervised_full"
+                    or run["curve"][:1] == runs.get("supervised", {}).get(fold, run)["curve"][:1],
+                    "still_rising": run["training"]["best_step"] == run["training"]["steps"],
+                }
+                for fold, run in sorted(runs[method].items())
             ],
         }
         if {"supervised", "supervised_full"} <= set(runs):
@@ -205,30 +213,42 @@ def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
 
 
 def gap_closed(runs: dict[str, dict[int, dict[str, Any]]], method: str) -> float | None:
-    """(method - supervised) / (supervised_full - supervised), of means over the folds that both have."""
+    """(method - supervised) / (supervised_full - supervised), of means over the folds that both have.
+
+    None where all labels are no better than a few, or there is no such fold.
+    """
     folds = sorted(set(runs[method]) & set(runs["supervised"]))
     full = [run["ap"] for run in runs["supervised_full"].values()]
     if not folds:
         return None
     low, reached = (statistics.mean(runs[m][f]["ap"] for f in folds) for m in ("supervised", method))
-    return (reached - low) / (statistics.mean(full) - low)
+    gap = statistics.mean(full) - low
+    return (reached - low) / gap if gap > 0 else None
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a table in Markdown."""
+    """The summary as a table in Markdown, with what limits it below."""
     lines = [
         f"{summary['dataset']}, {summary['percent']:g} % labelled\n",
         "| method | folds | AP | student's AP | AP50 | gap closed |",
         "|---|---|---|---|---|---|",
     ]
+    notes: set[str] = set()
     for name, m in summary["methods"].items():
         spread = f" ± {m['ap_std']:.3f}" if len(m["runs"]) > 1 else ""
         student, ap50 = (statistics.mean(run[key] for run in m["runs"]) for key in ("student_ap", "ap50"))
         gap = m.get("gap_closed")
         shown = f"{gap:.0%}" if gap is not None and not name.startswith("supervised") else ""
+        rising = name.startswith("supervised") and any(run["still_rising"] for run in m["runs"])
+        marks = "*" * any(not run["same_start"] for run in m["runs"]) + "†" * rising
+        notes |= set(marks)
         figures = f"{m['ap_mean']:.3f}{spread} | {student:.3f} | {ap50:.3f} | {shown}"
-        lines.append(f"| {name} | {len(m['runs'])} | {figures} |")
-    return "\n".join(lines)
+        lines.append(f"| {name}{marks} | {len(m['runs'])} | {figures} |")
+    told = {
+        "*": "a run of it is of another machine than the supervised one of its fold, and of a burn-in of its own",
+        "†": "a run of it was best at its last validation: longer, it would be better",
+    }
+    return "\n".join([*lines, *(f"\n{mark} {text}" for mark, text in told.items() if mark in notes)])
 
 
 if __name__ == "__main__":

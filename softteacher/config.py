@@ -144,7 +144,7 @@ class MethodSettings(_Group):
     rpn_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the RPN; 0: all of the pool")
     cls_threshold: Share = Field(0.9, description="pseudo boxes above this score teach the classification; 0: all")
     threshold: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="adaptive: a score threshold for each class, in place of rpn_ and cls_threshold"
+        "fixed", description="adaptive: one for each class, in place of rpn_ and cls_threshold once it is known"
     )
     adaptive_share: float = Field(
         1.0, gt=0, le=4, description="adaptive: pseudo boxes of a class per image over its labelled boxes per image"
@@ -160,10 +160,10 @@ class MethodSettings(_Group):
         description="anchors on boxes of the pool that don't teach the RPN are left out, not taught as background",
     )
     loss_normalization: Literal["weights", "paper"] = Field(
-        "weights", description="of the classification: by the sum of all weights, or as Eq. 4-5 write it"
+        "weights", description="by the sum of the weights and the number of RoIs, or as Eq. 4-5 and 9 write it"
     )
     box_jitter: bool = Field(True, description="false: the boxes of cls_threshold teach the regression")
-    reg_variance_threshold: float = Field(0.02, ge=0, description="boxes under this variance teach the regression")
+    reg_variance_threshold: float | None = Field(0.02, ge=0, description="boxes below teach the regression; none: all")
     reg_confident: bool = Field(
         False, description="only boxes that teach the classification teach the regression, if their variance is small"
     )

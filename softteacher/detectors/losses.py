@@ -203,16 +203,18 @@ def classification_loss(
     return torch.stack(means).sum()
 
 
-def regression_loss(deltas: Tensor, rois: RoIs) -> Tensor:
+def regression_loss(deltas: Tensor, rois: RoIs, normalization: str = "weights") -> Tensor:
     """L1 between the deltas of the RoIs' own classes and their targets, over the number of sampled RoIs.
 
     Args:
         deltas: [R, C, 4].
         rois: labels and matched boxes.
+        normalization: `paper`: over the number of positives (paper, Eq. 9).
     """
     positive = torch.nonzero(rois.labels < deltas.shape[1]).flatten()
     targets = encode(rois.targets[positive], torch.cat(rois.boxes)[positive], HEAD_STD)
-    return (deltas[positive, rois.labels[positive]] - targets).abs().sum() / rois.sampled
+    count = distributed.normalizer(len(positive), deltas.device) if normalization == "paper" else rois.sampled
+    return (deltas[positive, rois.labels[positive]] - targets).abs().sum() / count
 
 
 def _draw(index: Tensor, count: int, keys: Tensor) -> Tensor:

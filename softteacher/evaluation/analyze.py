@@ -73,7 +73,9 @@ def analyze(
         iou = boxes["iou"][seen]
         best = facts["best_f1"]["threshold"]
         pictures = {
-            "precision_recall": threshold_curve(facts["curve"], source.settings.method.cls_threshold, best),
+            "precision_recall": threshold_curve(
+                facts["curve"], facts["at"].get("cls_threshold", {}).get("threshold"), best
+            ),
             "iou_over_score": iou_scatter(x["score"], iou, at["score"]["bins"], "score", at["score"]["correlation"]),
             "iou_over_variance": iou_scatter(
                 x["variance"], iou, at["variance"]["bins"], "box variance", at["variance"]["correlation"]
@@ -144,34 +146,42 @@ def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
 
     Returns:
         `objects`, `detections`, `curve` (over the score threshold), `best_f1`, `at` (precision and recall at the
-        settings' thresholds), `per_class` (the same for each class), `localisation` (the boxes of the IoU figures:
-        `above` which score, `boxes`, and of `score` and `variance` the rank `correlation` with IoU and the `bins`),
-        `advice`. A number that doesn't exist is none.
+        settings' thresholds, of adaptive ones under `adaptive`), `per_class` (the same for each class), `localisation`
+        (the boxes of the IoU figures: `above` which score, `boxes`, and of `score` and `variance` the rank
+        `correlation` with IoU and the `bins`), `advice`. A number that doesn't exist is none.
     """
     total = sum(objects.values())
     lowest = max(0.0, np.floor(100 * boxes["score"].min(initial=1.0)) / 100 - 0.01)  # all are above it
     grid = np.round(np.arange(lowest, 1.0001, 0.01), 2)
     rows = [_at(boxes["score"], boxes["correct"], total, t) for t in grid.tolist()]
     best = max(rows, key=lambda row: row["f1"] or 0.0)
-    thresholds = {name: getattr(method, name) for name in ("pool_threshold", "rpn_threshold", "cls_threshold")}
+    adaptive = method.threshold == "adaptive"
+    fixed = ("pool_threshold",) if adaptive else ("pool_threshold", "rpn_threshold", "cls_threshold")
+    thresholds: dict[str, np.ndarray] = {name: np.full(len(objects), getattr(method, name)) for name in fixed}
+    if adaptive:
+        thresholds["adaptive"] = _adaptive(boxes, objects, method)
     per_class = {}
     for label, (name, count) in enumerate(objects.items()):
         own = boxes["label"] == label
         score, correct = boxes["score"][own], boxes["correct"][own]
         per_class[name] = {"objects": count} | {
-            key: _at(score, correct, count, threshold) for key, threshold in thresholds.items()
+            key: _at(score, correct, count, float(values[label])) for key, values in thresholds.items()
         }
-    above = method.pool_threshold if (boxes["score"] > method.pool_threshold).sum() >= ENOUGH else 0.0
-    seen = boxes["score"] > above
-    iou, certain = boxes["iou"][seen], boxes["variance"][seen] < method.reg_variance_threshold
+    pool = method.pool_threshold if (boxes["score"] > method.pool_threshold).sum() >= ENOUGH else 0.0
+    seen = boxes["score"] > pool
+    most = np.inf if method.reg_variance_threshold is None else method.reg_variance_threshold
+    iou, certain = boxes["iou"][seen], boxes["variance"][seen] < most
     facts: dict[str, Any] = {
         "objects": total,
         "detections": len(boxes["score"]),
         "curve": {key: [row[key] for row in rows] for key in ("threshold", "precision", "recall", "f1")},
         "best_f1": best if best["f1"] else dict.fromkeys(best),
-        "at": {key: _at(boxes["score"], boxes["correct"], total, t) for key, t in thresholds.items()},
+        "at": {
+            key: _at(boxes["score"], boxes["correct"], total, getattr(method, key, values[boxes["label"]]))
+            for key, values in thresholds.items()
+        },
         "localisation": {
-            "above": above,
+            "above": pool,
             "boxes": int(seen.sum()),
             **{
                 name: {"correlation": rank_correlation(boxes[name][seen], iou), "bins": _bins(boxes[name][seen], iou)}
@@ -184,15 +194,29 @@ def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
         },
         "per_class": per_class,
     }
-    return facts | {"advice": _advice(facts)}
+    return facts | {"advice": _advice(facts, method)}
 
 
-def _at(score: np.ndarray, correct: np.ndarray, objects: int, threshold: float) -> dict[str, float | None]:
-    """Precision, recall and F1 of the detections with a score above a threshold."""
+def _adaptive(boxes: dict[str, np.ndarray], objects: dict[str, int], method: MethodSettings) -> np.ndarray:
+    """What `method.threshold=adaptive` would choose for each class on these images; of training only it is known there.
+
+    No box under the pool's threshold teaches anything.
+    """
+    values = np.full(len(objects), method.pool_threshold)
+    for label, count in enumerate(objects.values()):
+        scores = -np.sort(-boxes["score"][boxes["label"] == label])
+        wanted = round(method.adaptive_share * count)
+        if wanted < len(scores):
+            values[label] = max(values[label], scores[wanted])
+    return values
+
+
+def _at(score: np.ndarray, correct: np.ndarray, objects: int, threshold: float | np.ndarray) -> dict[str, float | None]:
+    """Precision, recall and F1 of the detections with a score above a threshold, or each above one of its own."""
     kept = score > threshold
     right, count = int(correct[kept].sum()), int(kept.sum())
     return {
-        "threshold": threshold,
+        "threshold": threshold if isinstance(threshold, float) else None,
         "precision": right / count if count else None,
         "recall": right / objects if objects else None,
         "f1": 2 * right / (count + objects) if count and objects else None,
@@ -226,21 +250,32 @@ def _bins(x: np.ndarray, iou: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _advice(facts: dict[str, Any]) -> str:
+def _advice(facts: dict[str, Any], method: MethodSettings) -> str:
     """One sentence on the threshold, from the numbers."""
-    best, at = facts["best_f1"], facts["at"]["cls_threshold"]
+    best = facts["best_f1"]
     if best["f1"] is None:
         return "Not one box is right: train longer, or look whether the labels fit the images."
-    threshold, recall = at["threshold"], at["recall"]
-    here = f"At cls_threshold {threshold:g} the recall is {recall:.2f}"
-    there = f"the best F1 ({best['f1']:.2f}) is at {best['threshold']:.2f}"
+    if method.threshold == "adaptive":
+        at, here, more, less = facts["at"]["adaptive"], "the adaptive thresholds", "higher", "lower"
+        setting, fewer = "adaptive_share", at["recall"] < (at["precision"] or 1.0)
+    else:
+        at, here, more, less = (
+            facts["at"]["cls_threshold"],
+            f"cls_threshold {method.cls_threshold:g}",
+            "lower",
+            "higher",
+        )
+        setting, fewer = "cls_threshold", best["threshold"] < method.cls_threshold
+    recall, there = at["recall"], f"the best F1 ({best['f1']:.2f}) is at {best['threshold']:.2f}"
     if (at["f1"] or 0.0) >= NEARLY * best["f1"]:
-        return f"cls_threshold {threshold:g} fits: precision {at['precision']:.2f}, recall {recall:.2f}; {there}."
-    if best["threshold"] < threshold:
+        fits = "The adaptive thresholds fit" if method.threshold == "adaptive" else f"{here} fits"
+        return f"{fits}: precision {at['precision']:.2f}, recall {recall:.2f}; {there}."
+    if fewer:
         taught = "most objects are" if recall < 0.5 else f"{1 - recall:.0%} of the objects are"
-        return f"{here}: {taught} taught as background; {there}. Try a lower method.cls_threshold."
+        lost = f"{taught} taught as background; {there}. Try a {more} method.{setting}."
+        return f"At {here} the recall is {recall:.2f}: {lost}"
     wrong = f"{1 - at['precision']:.0%} of the boxes above it are wrong"
-    return f"{here}, but {wrong}; {there}. Try a higher method.cls_threshold."
+    return f"At {here} the recall is {recall:.2f}, but {wrong}; {there}. Try a {less} method.{setting}."
 
 
 def _texts(facts: dict[str, Any], method: MethodSettings) -> dict[str, tuple[str, str]]:
@@ -260,7 +295,7 @@ def _texts(facts: dict[str, Any], method: MethodSettings) -> dict[str, tuple[str
         f"{here['boxes']} boxes with a score above {here['above']:g}" if here["above"] else f"All {here['boxes']} boxes"
     )
     share = ""
-    if here["mean_iou_under_threshold"] is not None:
+    if here["mean_iou_under_threshold"] is not None and method.reg_variance_threshold is not None:
         share = (
             f" {here['share_under_threshold']:.0%} of them are under reg_variance_threshold "
             f"{method.reg_variance_threshold:g}: their mean IoU is {here['mean_iou_under_threshold']:.2f}, "

@@ -29,19 +29,20 @@ def recall_curve(curve: dict[str, list[float]]) -> bytes:
     return _png(figure)
 
 
-def threshold_curve(curve: dict[str, list[Any]], marked: float, best: float | None) -> bytes:
+def threshold_curve(curve: dict[str, list[Any]], marked: float | None, best: float | None) -> bytes:
     """Precision, recall and F1 over the score threshold.
 
     Args:
         curve: `threshold`, `precision`, `recall`, `f1`; none where there is none.
-        marked: `cls_threshold`.
+        marked: `cls_threshold`; none where each class has a threshold of its own.
         best: threshold of the best F1.
     """
     figure, axes = _figure()
     for name, color in COLORS.items():
         values = np.array(curve[name.lower()], float)
         axes.plot(curve["threshold"], values, label=name, linewidth=2.5, color=color)
-    axes.axvline(marked, color="#444", linestyle="--", label=f"cls_threshold {marked:g}")
+    if marked is not None:
+        axes.axvline(marked, color="#444", linestyle="--", label=f"cls_threshold {marked:g}")
     if best is not None:
         axes.axvline(best, color=COLORS["F1"], linestyle=":", linewidth=2.5, label=f"best F1 at {best:.2f}")
     axes.set(xlabel="score threshold", xlim=(curve["threshold"][0], 1), ylim=(0, 1.02))

@@ -97,7 +97,7 @@ class SoftTeacher(TeacherMethod):
             weights = weights * self.reliability(cls_rois, logits[is_cls], for_cls, other_half(part))
         soft = self.soft_targets(cls_rois, part, mixed) if s.positives == "soft" else None
         losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization, soft)
-        losses["box"] = regression_loss(deltas[~is_cls], reg_rois)
+        losses["box"] = regression_loss(deltas[~is_cls], reg_rois, s.loss_normalization)
 
         sure = [self.confident(p.found, s.cls_threshold) for p in pool]
         losses |= self.further_losses(features, cls_rois, sure, part)
@@ -123,7 +123,7 @@ class SoftTeacher(TeacherMethod):
             if p.variance is None:
                 out.append(c)
                 continue
-            good = p.variance < s.reg_variance_threshold
+            good = p.variance < (torch.inf if s.reg_variance_threshold is None else s.reg_variance_threshold)
             if s.reg_confident:
                 good &= self.thresholds.above(p.detections, s.cls_threshold)
             out.append(p.detections[good])

@@ -133,8 +133,14 @@ def _train(
     say(
         f"train: {settings.method.name}, {settings.detector.name}, {len(train_set.categories)} classes, "
         f"{len(train_set)} labelled and {len(extra or ())} unlabelled images, {s.iterations} iterations of "
-        f"{_batch(settings)}, {distributed.world_size()} x {device}, {str(student.precision).removeprefix('torch.')}"
+        f"{_batch(settings)}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
+        f"{str(student.precision).removeprefix('torch.')}"
     )
+    if method.seen is not None and settings.method.guard and not (settings.burn_in_steps and s.evaluate_every):
+        say(
+            "train: nothing guards against pseudo labels that do harm: that takes method.burn_in and "
+            "training.evaluate_every, to compare with the AP before them"
+        )
 
     if settings.method.name == "stac" and settings.method.label_model and extra is not None:
         extra = self_label(settings.method.label_model, extra, train_set.categories, settings, device)

@@ -120,11 +120,15 @@ class Trainer:
         self.progress = Progress()
         s = settings.training
         self.parameters = [p for p in student.parameters() if p.requires_grad]
-        named = [(name.startswith("backbone."), p) for name, p in student.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for inside, p in named if inside == backbone], "scale": s.backbone_lr if backbone else 1.0}
-            for backbone in (False, True)
-        ]
+        head: list[nn.Parameter] = []
+        backbone: list[nn.Parameter] = []
+        bare: list[nn.Parameter] = []  # of a transformer, as its recipe has it: norms and position biases don't decay
+        for name, p in student.named_parameters():
+            undecayed = s.optimizer == "adamw" and (".norm" in name or "relative_position_bias_table" in name)
+            part = head if not name.startswith("backbone.") else bare if undecayed else backbone
+            part += [p] if p.requires_grad else []
+        groups: list[dict[str, Any]] = [{"params": head, "scale": 1.0}, {"params": backbone, "scale": s.backbone_lr}]
+        groups += [{"params": bare, "scale": s.backbone_lr, "weight_decay": 0.0}] if bare else []
         self.optimizer: torch.optim.Optimizer
         if s.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
@@ -223,7 +227,7 @@ def run_training(
         log_folder: gets `training.jsonl` and TensorBoard events; none in all processes but one.
         checkpoints: written every `checkpoint_every` steps, at the end and when the process is told to stop; none:
             in all processes but one, or without checkpoints.
-        validate: metrics of teacher and student, every `evaluate_every` steps and at the end.
+        validate: metrics of teacher and student, every `evaluate_every` steps and at the end, and that of burn-in.
         burn_in: gets the state at the end of burn-in, for runs of other methods.
 
     Raises:
@@ -254,7 +258,8 @@ def run_training(
             saved = p.step
 
         while True:
-            due = s.evaluate_every and (p.step % s.evaluate_every == 0 or p.step == s.iterations) and p.step
+            ends = (trainer.settings.burn_in_steps, s.iterations)  # the first is what the guard compares with
+            due = s.evaluate_every and p.step and (p.step % s.evaluate_every == 0 or p.step in ends)
             if validate and due and p.evaluated != p.step:
                 started = time.monotonic()
                 try:

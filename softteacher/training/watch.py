@@ -69,6 +69,10 @@ def _findings(trainer: Trainer, line: dict[str, float]) -> Iterator[tuple[str, s
     if taught < PATIENCE or "pseudo_boxes_cls" not in line:
         return
     there, used = float(method.frequency.sum()), line["pseudo_boxes_cls"]
+    if s.method.threshold == "adaptive":
+        more, of_class = "lower method.pool_threshold or raise method.adaptive_share", "lower method.pool_threshold"
+    else:
+        more, of_class = "set method.threshold=adaptive, or lower method.cls_threshold", "set method.threshold=adaptive"
     if not line.get("pseudo_boxes_pool", used):
         yield (
             "nothing found",
@@ -79,7 +83,7 @@ def _findings(trainer: Trainer, line: dict[str, float]) -> Iterator[tuple[str, s
         yield (
             "few pseudo boxes",
             f"{used:.2f} pseudo boxes an image where labelled images have {there:.2f}: most objects are taught as "
-            "background; set method.threshold=adaptive, or lower method.cls_threshold",
+            f"background; {more}",
         )
     if method.seen is not None and p.step >= s.training.iterations // 2 and "class never" not in p.said:
         seen = torch.tensor(distributed.mean(method.seen.tolist(), trainer.device))
@@ -89,5 +93,5 @@ def _findings(trainer: Trainer, line: dict[str, float]) -> Iterator[tuple[str, s
             yield (
                 "class never",
                 f"never a pseudo box of {names}: only labelled images teach it; label some more of it "
-                "(`softteacher rank` finds them), or set method.threshold=adaptive",
+                f"(`softteacher rank` finds them), or {of_class}",
             )

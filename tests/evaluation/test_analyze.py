@@ -121,6 +121,33 @@ def test_advice(score, correct, objects, advice):
     assert summarize(boxes, {"cat": objects}, Settings().method)["advice"] == advice
 
 
+@pytest.mark.parametrize(
+    ("share", "wrong", "advice"),
+    [
+        (1.0, 0, "The adaptive thresholds fit: precision 1.00, recall 1.00; the best F1 (1.00) is at 0.50."),
+        (0.5, 0, "At the adaptive thresholds the recall is 0.50: 50% of the objects are taught as background; the best "
+         "F1 (1.00) is at 0.50. Try a higher method.adaptive_share."),
+        (2.0, 20, "At the adaptive thresholds the recall is 1.00, but 50% of the boxes above it are wrong; the best F1 "
+         "(1.00) is at 0.45. Try a lower method.adaptive_share."),
+    ],
+)  # fmt: skip
+def test_adaptive_thresholds(share, wrong, advice):
+    """Classes of their own scores: 0.51 to 0.6 of one, 0.81 to 0.9 of the other, all right, and some wrong ones."""
+    scores = np.concatenate([np.linspace(0.51, 0.6, 10), np.linspace(0.81, 0.9, 10), np.full(wrong, 0.45)])
+    boxes = many(scores, np.arange(20 + wrong) < 20)
+    boxes["label"] = np.concatenate([np.repeat([0, 1], 10), np.arange(wrong) % 2])
+    method = load_settings("small", [f"method.adaptive_share={share}"]).method
+    facts = summarize(boxes, {"cat": 10, "dog": 10}, method)
+    assert facts["advice"] == advice
+    assert set(facts["at"]) == {"pool_threshold", "adaptive"}
+    assert facts["at"]["adaptive"]["threshold"] is None
+    if share == 0.5:  # five of each are above
+        assert facts["per_class"]["cat"]["adaptive"]["threshold"] == pytest.approx(0.55)
+        assert facts["per_class"]["dog"]["adaptive"]["threshold"] == pytest.approx(0.85)
+    elif not wrong:  # nothing under the pool's threshold teaches
+        assert facts["per_class"]["cat"]["adaptive"]["threshold"] == method.pool_threshold
+
+
 def test_localisation_looks_at_the_pool():
     rng = np.random.default_rng(0)
     facts = summarize(many(np.linspace(0.3, 0.99, 100), [True] * 100, rng.random(100)), {"cat": 100}, Settings().method)

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from softteacher.config import load_settings
+from softteacher.data.loader import Views
 from softteacher.data.views import project_boxes
+from softteacher.detections import Detections
 from softteacher.detectors.boxes import HEAD_STD, RPN_STD, anchors, clip, decode, encode, pyramid_level
+from softteacher.detectors.build import build
 from softteacher.detectors.faster_rcnn import STRIDES, FasterRCNN, RPNOutput
 from softteacher.detectors.losses import RoIs, RPNTargets, assign, classification_loss, regression_loss, rpn_loss
+from softteacher.methods.base import Unlabeled, to_strong_view
 from softteacher.methods.jitter import jitter, regression_variance
+from softteacher.methods.soft_teacher import SoftTeacher
+from softteacher.methods.thresholds import ClassThresholds
 from softteacher.training.ema import update_teacher
 from tests.helpers import SHARED
 
@@ -34,9 +41,14 @@ def test_project_boxes(reference, kind):
     close(project_boxes(boxes, matrix, size), reference(f"project/{kind}/out_clip"), atol=1e-3)
 
 
-def test_score_threshold_is_strict(reference):
-    kept = torch.nonzero(reference("filter/scores") > reference("filter/score_thr")).flatten()
-    assert kept.tolist() == reference("filter/kept_by_score").tolist()
+def test_which_boxes_are_kept(reference):
+    """Scores and sides strictly above their thresholds."""
+    boxes, scores, threshold = (reference(f"filter/{k}").float() for k in ("boxes", "scores", "score_thr"))
+    found = Detections(boxes, scores, torch.zeros(len(boxes), dtype=torch.int64))
+    above = ClassThresholds(load_settings(None, []).method, torch.ones(1)).above(found, float(threshold))
+    _, large = to_strong_view(found, torch.eye(3), torch.tensor([100, 100]))
+    for ours, name in ((above, "score"), (large, "wh"), (above & large, "both")):
+        assert torch.nonzero(ours).flatten().tolist() == reference(f"filter/kept_by_{name}").tolist()
 
 
 def test_ema(reference):
@@ -136,9 +148,6 @@ def test_proposals(reference, rpn, tiny_detector):
 
 @pytest.fixture
 def tiny_detector():
-    from softteacher.config import load_settings
-    from softteacher.detectors.build import build
-
     sizes = ["detector.pre_nms_train=2000", "detector.proposals_train=1000"]
     return build(load_settings("demo", sizes).detector, 80)
 
@@ -157,12 +166,32 @@ def test_classification_loss_of_the_paper(reference):
     close(loss, reference("cls/paper_eq4_batch"))
 
 
-def test_negatives_are_weighted_by_the_teachers_background_score(reference):
-    labels, weights = reference("cls/labels"), reference("cls/label_weights")
-    background = torch.cat([reference(f"cls/teacher_scores/{n}")[:, -1] for n in (0, 1)])
-    negative = labels == 80
-    close(weights[negative], background[negative])
-    assert (weights[~negative] == 1).all()
+def test_negatives_are_weighted_by_the_teachers_background_score(reference, monkeypatch):
+    settings = load_settings("demo", [])
+    student = build(settings.detector, 80)
+    method = SoftTeacher(student, build(settings.detector, 80), settings, {str(n): 1.0 for n in range(80)})
+    rois, labels = reference("cls/rois"), reference("cls/labels")
+    boxes = [rois[rois[:, 0] == n][:, 1:] for n in (0, 1)]
+    negative = [labels[rois[:, 0] == n] == 80 for n in (0, 1)]
+    matrices = torch.stack(
+        [
+            reference(f"iter/H_student/{n}").double() @ torch.linalg.inv(reference(f"iter/H_teacher/{n}").double())
+            for n in (0, 1)
+        ]
+    )
+
+    def box_head(features, places):
+        """Its softmax is what the reference's teacher saw; it must be asked about the reference's places."""
+        for n, place in enumerate(places):
+            close(place, reference(f"cls/rois_teacher_frame/{n}")[negative[n]], atol=1e-3)
+        seen = [reference(f"cls/teacher_scores/{n}")[negative[n]] for n in (0, 1)]
+        return torch.cat(seen).clamp(min=1e-30).log(), None
+
+    monkeypatch.setattr(method.teacher, "box_head", box_head)
+    views = Views(torch.zeros(2, 3, 128, 128), torch.full((2, 2), 128), torch.eye(3).expand(2, 3, 3), [], [], [0, 1])
+    sampled = RoIs(boxes, labels, rois[:, 1:], torch.tensor(float(len(labels))), labels)
+    part = Unlabeled(views, views, matrices, [], views.noise())
+    close(method.reliability(sampled, reference("cls/logits"), [], part), reference("cls/label_weights"))
 
 
 @pytest.mark.parametrize("image", [0, 1])
@@ -195,5 +224,5 @@ def test_regression_loss(reference):
         targets.append(torch.where((own < 80)[:, None], gt[matched.clamp(min=0)], boxes[n]))
     deltas = reference("reg/bbox_pred")[:, None].expand(-1, 80, -1)
     rois = RoIs(boxes, labels, torch.cat(targets), torch.tensor(float(len(labels))), labels)
-    loss = regression_loss(deltas, rois)
-    close(loss, reference("reg/loss_mmdet"))
+    close(regression_loss(deltas, rois), reference("reg/loss_mmdet"))
+    close(regression_loss(deltas, rois, "paper"), reference("reg/paper_per_fg"))

@@ -15,6 +15,7 @@ from softteacher.detections import Detections
 from softteacher.detectors.build import build
 from softteacher.detectors.losses import RoIs, classification_loss
 from softteacher.methods import build_method
+from softteacher.methods import soft_teacher as module
 from softteacher.methods.base import Unlabeled
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.methods.supervised import Supervised
@@ -110,6 +111,72 @@ def test_thresholds(monkeypatch, scores, pool, rpn, cls):
     none = method("method.reg_variance_threshold=0")
     believe(none, monkeypatch, [boxes, boxes], scores, [0, 1, 2, 0])
     assert none.losses(batch(), 0)[1]["pseudo_boxes_reg"] == 0
+
+
+@pytest.mark.parametrize("positives", ["hard", "soft"])
+@pytest.mark.parametrize("normalization", ["weights", "paper"])
+@pytest.mark.parametrize("kind", ["teacher_background", "student_background", "iou", "none"])
+def test_each_loss_gets_its_own_boxes_and_weights(monkeypatch, kind, normalization, positives):
+    calls = {}
+
+    def watched(name):
+        real = getattr(module, name)
+
+        def call(*arguments):
+            result = real(*arguments)
+            calls.setdefault(name, []).append((arguments, result))
+            return result
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("rpn_targets", "sample_rois", "classification_loss", "regression_loss"):
+        watched(name)
+    chosen = method(
+        *("method.rpn_threshold=0.9", "method.cls_threshold=0.8", "method.reg_variance_threshold=none"),
+        *(f"method.reliability={kind}", f"method.loss_normalization={normalization}", f"method.positives={positives}"),
+    )
+    weighed = []
+    real = chosen.reliability
+    monkeypatch.setattr(chosen, "reliability", lambda *a: weighed.append((a, real(*a))) or weighed[-1][1])
+    boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60], [5, 30, 25, 60]])
+    believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.85, 0.7], [0, 1, 2])
+    losses, _ = chosen.losses(batch(), 0)
+
+    assert [len(b) for b in calls["rpn_targets"][0][0][2]] == [1, 1]
+    (for_cls, cls_rois), (for_reg, reg_rois) = calls["sample_rois"]
+    assert [[len(b) for b in arguments[2]] for arguments in (for_cls, for_reg)] == [[2, 2], [3, 3]]
+    (_, rois, weights, how, soft), cls = calls["classification_loss"][0]
+    assert torch.equal(rois.labels, cls_rois.labels)
+    (_, _, seen_boxes, _), expected = weighed[0]
+    assert [len(d) for d in seen_boxes] == [2, 2]
+    assert torch.equal(weights, expected)
+    negative = rois.labels == CLASSES
+    assert (weights[negative] < 1).any() == (kind != "none")
+    assert how == normalization
+    assert (soft is None) == (positives == "hard")
+    torch.testing.assert_close(losses["unsup_cls"], chosen.settings.unsup_weight * cls)
+    (deltas, taught, how), box = calls["regression_loss"][0]
+    assert torch.equal(taught.labels, reg_rois.labels[reg_rois.labels < CLASSES])
+    assert (len(deltas), how) == (len(taught.labels), normalization)
+    assert 2 in taught.labels  # the class that doesn't teach the classification
+    torch.testing.assert_close(losses["unsup_box"], chosen.settings.unsup_weight * box)
+
+
+@pytest.mark.parametrize("law", ["normal", "uniform"])
+@pytest.mark.parametrize("side", ["own_side", "mean_side"])
+def test_the_form_of_the_jitter(monkeypatch, law, side):
+    offsets, by = [], []
+    jitter, variance = module.jitter, module.regression_variance
+    monkeypatch.setattr(module, "jitter", lambda b, o, scale: offsets.append(o) or jitter(b, o, scale))
+    monkeypatch.setattr(module, "regression_variance", lambda r, b: by.append(b) or variance(r, b))
+    chosen = method(f"method.jitter_law={law}", f"method.variance_normalization={side}", "method.jitter_times=100")
+    boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
+    believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.85], [0, 1])
+    chosen.losses(batch(), 0)
+    drawn = torch.cat([o.flatten() for o in offsets])
+    assert drawn.std().item() == pytest.approx(1 if law == "normal" else 3**-0.5, rel=0.06)
+    assert (drawn.abs().max() <= 1) == (law == "uniform")
+    assert all((b is None) == (side == "own_side") for b in by)
 
 
 def test_pseudo_boxes_land_on_their_object(monkeypatch):
@@ -236,8 +303,6 @@ def test_only_confident_boxes_teach_the_regression(monkeypatch):
 
 def test_unsure_boxes_are_no_background_to_the_rpn(monkeypatch):
     """With `rpn_ignore` what teaches the RPN doesn't change, but no anchor on another box of the pool is a negative."""
-    from softteacher.methods import soft_teacher as module
-
     seen = []
     real = module.rpn_targets
     monkeypatch.setattr(module, "rpn_targets", lambda *a: seen.append(a) or real(*a))

@@ -1,14 +1,17 @@
 """The guard lowers the weight of pseudo labels where they do harm; warnings are given once, in plain words."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 from softteacher.config import load_settings
+from softteacher.data.loader import Batch
 from softteacher.methods.base import Method
-from softteacher.training.trainer import Trainer
+from softteacher.training.trainer import Trainer, run_training
 from softteacher.training.watch import guard, warn
+from tests.samples import noise_views
 
 
 class Fake(Method):
@@ -84,8 +87,9 @@ def test_it_keeps_out(overrides, scores):
         (600, {"loss": 1.0}, []),  # supervised
     ],
 )
-def test_warnings(capsys, step, line, said):
-    made = trainer()
+@pytest.mark.parametrize("threshold", ["fixed", "adaptive"])
+def test_warnings(capsys, threshold, step, line, said):
+    made = trainer(f"method.threshold={threshold}")
     made.progress.step = step
     for _ in range(2):
         warn(made, line)
@@ -93,3 +97,27 @@ def test_warnings(capsys, step, line, said):
     assert len(made.progress.said) == (1 if said else 0)
     assert text.count(f"step {step}: ") == (1 if said else 0)  # once each
     assert all(part in text for part in said)
+    assert "method.threshold=adaptive" not in text or threshold == "fixed"  # no advice to do what is done
+
+
+def test_the_trainer_asks_both(tmp_path, capsys):
+    """The reference is the end of burn-in, which is no validation of its own; the end is another."""
+
+    class Poor(Fake):
+        def losses(self, batch, step):
+            return {"a": self.student.weight.sum()}, {"pseudo_boxes_cls": 0.1, "pseudo_boxes_pool": 1.0}
+
+    fake, asked = Poor(), []
+    chosen = ["training.iterations=300", "method.burn_in=0.3", "training.evaluate_every=200", "training.log_every=50"]
+    made = Trainer(fake.student, fake.teacher, fake, load_settings(None, chosen), torch.device("cpu"))
+
+    def validate():
+        asked.append(made.progress.step)
+        return {"teacher": {"AP": 0.4 if made.progress.step == 90 else 0.2}}
+
+    run_training(made, itertools.repeat(Batch(noise_views())), {}, tmp_path, None, validate)
+    assert asked == [90, 200, 300]
+    assert fake.trust == 0.25
+    text = " ".join(capsys.readouterr().err.split())
+    assert "step 200: pseudo labels do harm: the teacher's AP is 0.200, 0.400 before them" in text
+    assert "step 200: 0.10 pseudo boxes an image where labelled images have 2.00" in text

@@ -1,0 +1,69 @@
+"""The table of `benchmarks/accuracy.py`: means, the share of the gap, and what it says of runs that compare badly."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from softteacher.config import load_settings
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("accuracy")
+        for name in ("accuracy", "common"):
+            sys.modules.pop(name)
+
+
+def write(folder: Path, method: str, fold: int, ap: float, first: float = 0.1, best: int = 8) -> None:
+    run = {"method": method, "fold": fold, "ap": ap, "ap50": 2 * ap, "student_ap": ap, "precision": "float32"}
+    run |= {"machine": {"processor": "P"}, "curve": [[2, first], [best, ap]]}
+    run["training"] = {"steps": 10, "best_step": best}
+    (folder / "accuracy").mkdir(exist_ok=True)
+    (folder / "accuracy" / f"mine-10-{method}-{fold}.json").write_text(json.dumps(run))
+
+
+def test_summary_and_table(accuracy: ModuleType, tmp_path: Path) -> None:
+    for fold, ap in ((1, 0.2), (2, 0.3)):
+        write(tmp_path, "supervised", fold, ap, first=fold / 100)
+        write(tmp_path, "soft_teacher", fold, ap + 0.1, first=fold / 100)
+    write(tmp_path, "supervised_full", 1, 0.65, best=10)
+    write(tmp_path, "mean_teacher", 2, 0.4, first=0.07)
+    summary = accuracy.summarize("mine", 10, tmp_path)
+    assert summary["gap_closed"] == pytest.approx(0.1 / 0.4)
+    assert summary["methods"]["mean_teacher"]["gap_closed"] == pytest.approx(0.1 / 0.35)  # of the second fold
+    assert summary["methods"]["supervised"]["ap_std"] == pytest.approx(0.1 / 2**0.5)
+    lines = accuracy.table(summary).splitlines()
+    assert "| supervised | 2 | 0.250 ± 0.071 | 0.250 | 0.500 |  |" in lines
+    assert "| supervised_full† | 1 | 0.650 | 0.650 | 1.300 |  |" in lines
+    assert "| mean_teacher* | 1 | 0.400 | 0.400 | 0.800 | 29% |" in lines
+    assert "| soft_teacher | 2 | 0.350 ± 0.071 | 0.350 | 0.700 | 25% |" in lines
+    assert [line[0] for line in lines if line[:1] in {"*", "†"}] == ["*", "†"]
+
+
+def test_no_gap_to_close(accuracy: ModuleType, tmp_path: Path) -> None:
+    """All labels may be no better: of a quick run all APs are 0. And there may be nothing to compare with."""
+    write(tmp_path, "soft_teacher", 1, 0.0)
+    assert accuracy.summarize("mine", 10, tmp_path)["gap_closed"] is None
+    write(tmp_path, "supervised", 1, 0.0)
+    write(tmp_path, "supervised_full", 1, 0.0)
+    summary = accuracy.summarize("mine", 10, tmp_path)
+    assert summary["gap_closed"] is None
+    assert "| soft_teacher | 1 | 0.000 | 0.000 | 0.000 |  |" in accuracy.table(summary)
+    write(tmp_path, "soft_teacher", 2, 0.1)  # a fold without a supervised run
+    assert accuracy.summarize("mine", 10, tmp_path)["methods"]["soft_teacher"]["ap_mean"] == pytest.approx(0.05)
+
+
+def test_what_decides(accuracy: ModuleType) -> None:
+    """Settings of the machine, and where files lie, make no other run."""
+    plain = accuracy.what_decides(load_settings("small", ["method.name=stac"]))
+    machine = ["training.threads=1", "data.workers=0", "method.label_model=/a/model", "method.burn_in_cache=/b"]
+    assert accuracy.what_decides(load_settings("small", ["method.name=stac", *machine])) == plain
+    assert accuracy.what_decides(load_settings("small", ["method.name=stac", "training.lr=0.1"])) != plain

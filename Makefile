@@ -22,15 +22,17 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
 	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number UNLABELED=folder OUT=folder KEEP=1 RUNNER=docker'
 
+# Triton's own is looked at each time: where it was left out, what it lacks may have been installed since
 venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
+	@bash images/triton-venv.sh .venv-triton $(BIN)/python
 
-.venv/.stamp: pyproject.toml constraints.txt images/triton-requirements.txt images/triton-venv.sh
+.venv/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
-	@$(PYTHON) -c 'import ensurepip' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "The module venv is missing: apt-get install" \
+		"$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[pipeline,demo,dev]'
-	bash images/triton-venv.sh .venv-triton $(BIN)/python
 	@touch $@
 
 demo: venv $(if $(filter docker,$(RUNNER)),images)  ## the main job, end to end, on this machine

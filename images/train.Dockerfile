@@ -42,6 +42,10 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/whe
  && /opt/build/bin/pip --python /opt/venv/bin/python install --no-deps --target /opt/softteacher /opt/wheels/*.whl
 
 FROM base
+# pip, and what can make it anew, of the base: nothing is installed in a container
+RUN find "$(python3 -c 'import sys; print(sys.prefix)')" -depth -regextype posix-extended -regex \
+    '.*(-packages/(pip|setuptools|wheel|pkg_resources|_distutils_hack|distutils-precedence)([-.][^/]*)?|/python3[^/]*/ensurepip|/python-wheels|bin/(pip[0-9.]*|wheel))' \
+    -exec rm -rf {} +
 # a layer of its own for the library: a change of the source doesn't ship PyTorch again
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=library /opt/softteacher /opt/softteacher

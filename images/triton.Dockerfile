@@ -28,6 +28,10 @@ RUN site=$(/opt/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('
 FROM ${BASE}
 RUN groupadd --gid 10001 softteacher \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin softteacher
+# pip, and what can make it anew, of the base: nothing is installed in a container
+RUN find "$(python3 -c 'import sys; print(sys.prefix)')" -depth -regextype posix-extended -regex \
+    '.*(-packages/(pip|setuptools|wheel|pkg_resources|_distutils_hack|distutils-precedence)([-.][^/]*)?|/python3[^/]*/ensurepip|/python-wheels|bin/(pip[0-9.]*|wheel))' \
+    -exec rm -rf {} +
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/tritonserver /opt/tritonserver
 # the backend's process takes its packages from the first python3 on PATH

@@ -16,8 +16,7 @@ import numpy as np
 
 from softteacher import storage
 from softteacher.serving.client import connect, infer
-from softteacher.serving.repository import read_champion, versions
-from softteacher.serving.version_folder import read_manifest
+from softteacher.serving.repository import last_version, read_champion
 from tests.helpers import OUTPUTS, onnx_folder, run_onnx, square_image
 
 
@@ -30,8 +29,7 @@ class Models:
 
     def next(self, repository: str, name: str) -> tuple[int, str]:
         """The next version, and its onnx folder."""
-        whole = (v for v in versions(repository, name) if read_manifest(f"{repository}/{name}/{v}"))
-        version = max(whole, default=0) + 1
+        version = last_version(repository, name) + 1
         return version, str(self.folders[version % 2])
 
     def expected(self, images: np.ndarray, version: int) -> dict[str, np.ndarray]:

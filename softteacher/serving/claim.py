@@ -59,12 +59,14 @@ class Claim:
 
         def renew() -> None:
             while not stop.wait(RENEW):
-                with suppress(UserError):  # the store may be away for a while; `check` tells if that was too long
+                try:
                     etag = storage.etag(self.uri)
-                    if not self._ours():
+                    if not self.ours():
                         return
                     self._mine["beats"] += 1
                     storage.write_bytes(self.uri, json.dumps(self._mine).encode(), if_match=etag)
+                except Exception as e:  # the store may be away for a while; `check` tells if that was too long
+                    say(f"{self.name}: the claim could not be renewed, tried again: {e}")
 
         thread = threading.Thread(target=renew, name="claim", daemon=True)
         thread.start()
@@ -80,15 +82,16 @@ class Claim:
         Raises:
             UserError: somebody did, since this run was too slow.
         """
-        if not self._ours():
+        if not self.ours():
             raise UserError(f"{self.name}: another deployment took over, this one was too slow; look at the other")
 
     def release(self) -> None:
         """Give it back, if it is still ours."""
-        if self._ours():
+        if self.ours():
             storage.remove(self.uri)
 
-    def _ours(self) -> bool:
+    def ours(self) -> bool:
+        """Whether nobody has taken it over."""
         theirs = read_claim(self.uri)
         return theirs is not None and theirs.get("owner") == self._mine["owner"]
 
@@ -103,7 +106,7 @@ class Claim:
             here = self._mine.get("machine")
             if first not in (None, theirs) or (here and here == theirs.get("machine")):
                 raise UserError(
-                    f"{self.name}: {theirs['host']} has been deploying it for {time.time() - theirs['time']:.0f} s;"
+                    f"{self.name}: {theirs['host']} has been deploying it for {seconds(theirs)} s;"
                     f" wait for that run, or remove {self.uri} if you know that it is dead"
                 )
             if first is None:
@@ -130,6 +133,11 @@ def read_claim(uri: str) -> dict[str, Any] | None:
         return None
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{uri}: torn, or not ours; remove it if nobody is deploying") from None
+
+
+def seconds(claim: dict[str, Any]) -> int:
+    """Since it was taken, as far as the clocks of two hosts can tell."""
+    return max(0, round(time.time() - claim["time"]))
 
 
 def _dead(claim: dict[str, Any]) -> bool:

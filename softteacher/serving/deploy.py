@@ -19,7 +19,15 @@ from softteacher.errors import UserError
 from softteacher.serving.canary_state import Canary, read_canary, refuse_beside
 from softteacher.serving.deployment import Deployment, deployment
 from softteacher.serving.follow import await_replicas
-from softteacher.serving.repository import Champion, OnnxFolder, Runtime, config, next_version, read_onnx_folder
+from softteacher.serving.repository import (
+    Champion,
+    OnnxFolder,
+    Runtime,
+    config,
+    draw_version,
+    read_onnx_folder,
+    versions,
+)
 from softteacher.serving.smoke import read_smoke
 from softteacher.serving.version_folder import open_version, read_manifest, write_version
 
@@ -91,7 +99,7 @@ def _deploy(
     if canary and not target.champion:
         say(f"deploy: no version of {target.name} is live yet to compare a canary with; this one goes live")
         canary = None
-    version = next_version(target.repository, target.name)
+    version = draw_version(target.repository, target.name)
     new = Champion(
         name=target.name,
         version=version,
@@ -201,7 +209,11 @@ def _previous(target: Deployment, keep: int) -> list[int]:
 
 
 def _of_run(target: Deployment, run: str, sha256: str) -> dict[str, Any]:
-    """The facts of what a run has deployed, since Kubeflow tries a step again whose pod was lost; none if nothing."""
+    """The facts of what a run has deployed, since Kubeflow tries a step again whose pod was lost; none if nothing.
+
+    Raises:
+        UserError: it has, and that version was rolled back.
+    """
     live, trial = target.champion, target.canary
     if not run or live is None:
         return {}
@@ -212,6 +224,10 @@ def _of_run(target: Deployment, run: str, sha256: str) -> dict[str, Any]:
     if (live.run, live.onnx_sha256) == (run, sha256):
         facts = _facts(live, target, target.try_live(live.version))
         return facts | {"previous": next(iter(live.previous), None)}
+    for version in versions(target.repository, target.name):
+        manifest = read_manifest(target.folder(version))
+        if manifest and (manifest.record.run, manifest.record.onnx_sha256) == (run, sha256):
+            raise UserError(f"this run has deployed it already, as version {version}, and it was rolled back since")
     return {}
 
 

@@ -23,7 +23,6 @@ from softteacher.serving.repository import (
     champion_etag,
     parse_config,
     read_champion,
-    use_version,
     versions,
     write_champion,
 )
@@ -94,8 +93,6 @@ class Deployment:
                 copy_version(source, final)
             smoke = _verified_smoke(final)
             self.claim.check()
-            if source:
-                use_version(self.repository, self.name, new.version)
             undo.push(partial(self._restore, new))
             compared = self.activate(self.name, new.version, smoke)
             write_champion(self.repository, new, self.etag)
@@ -109,10 +106,9 @@ class Deployment:
     def start_canary(self, canary: Canary, source: str) -> dict[str, Any]:
         """Serve a version folder as the canary. Returns how its answer compared."""
         with ExitStack() as undo:
-            undo.callback(self.end_canary)
+            undo.callback(_or_say, f"{self.name}-canary", self._give_up_canary)
             copy_version(source, self.folder(canary.version, "-canary"))
             self.claim.check()
-            use_version(self.repository, self.name, canary.version)
             compared = self.try_canary(canary)
             write_canary(self.repository, self.name, canary)
             undo.pop_all()
@@ -202,21 +198,33 @@ class Deployment:
             self._remove(f"{folder}/{name}")
 
     def _restore(self, new: Champion, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Make live again what was live before."""
+        """Make live again what was live before, or what another deployment that took over has put live since."""
         try:
-            if read_champion(self.repository, self.name) == new:
+            live = read_champion(self.repository, self.name)
+            if live == new:
                 return  # interrupted after the last step: it is live
-            if self.before is not None:
-                self.activate(self.name, self.before)
-                return
-            with explained(self.url):
-                self.server.unload_model(self.name)
-            for file in ("config.pbtxt", LAST_VERSION):
-                storage.remove(storage.join(self.repository, self.name, file))
+            before = live.version if live else self.before
+            if before is not None:
+                self.activate(self.name, before)
+            elif self.claim.ours():
+                with explained(self.url):
+                    self.server.unload_model(self.name)
+                storage.remove(storage.join(self.repository, self.name, "config.pbtxt"))
         except UserError as worse:
             raise NotRestored(
                 f"{error}; and the state before could not be restored ({worse}): look at {self.url}"
             ) from error
+
+    def clean_up(self) -> None:
+        """Leave no candidate behind, nor a name that nothing was ever live under; what another took over is its own."""
+        if self.claim.ours():
+            self.remove_candidate()
+            if not versions(self.repository, self.name) and read_champion(self.repository, self.name) is None:
+                storage.remove(storage.join(self.repository, self.name, LAST_VERSION))
+
+    def _give_up_canary(self) -> None:
+        if self.claim.ours():
+            self.end_canary()
 
     def _drop(self, version: int) -> None:
         """Remove a version that did not go live."""
@@ -272,27 +280,27 @@ def deployment(repository: str, triton: str, name: str, timeout: float) -> Itera
         incomplete_versions(repository, name)  # can the repository be read, and is it ours?
         claim = Claim(claim_uri(repository, name), name)
         try:
-            etag = champion_etag(repository, name)
-            champion = read_champion(repository, name)
-            canary = read_canary(repository, name)
-            if canary and champion and canary.version == champion.version:
-                canary = None  # promoted, but that was killed before it had removed the canary
-            before = champion.version if champion else None
-            for version in versions(repository, name) if champion is None else ():
-                with explained(triton):
-                    before = version if server.is_model_ready(name, str(version)) else before
-            target = Deployment(server, triton, repository, name, claim, champion, etag, canary, before)
-            live = "nothing is live" if before is None else f"version {before} stays live"
-            try:
-                with claim.renewed():
+            with claim.renewed():
+                etag = champion_etag(repository, name)
+                champion = read_champion(repository, name)
+                canary = read_canary(repository, name)
+                if canary and champion and canary.version == champion.version:
+                    canary = None  # promoted, but that was killed before it had removed the canary
+                before = champion.version if champion else None
+                for version in versions(repository, name) if champion is None else ():
+                    with explained(triton):
+                        before = version if server.is_model_ready(name, str(version)) else before
+                target = Deployment(server, triton, repository, name, claim, champion, etag, canary, before)
+                live = "nothing is live" if before is None else f"version {before} stays live"
+                try:
                     target.mend()
                     yield target
-            except NotRestored:
-                raise
-            except UserError as e:
-                raise UserError(f"{e} ({name}: {live})") from e
-            finally:
-                _or_say(f"{name}-candidate", target.remove_candidate)
+                except NotRestored:
+                    raise
+                except UserError as e:
+                    raise UserError(f"{e} ({name}: {live})") from e
+                finally:
+                    _or_say(f"{name}-candidate", target.clean_up)
         finally:
             _or_say(claim.uri, claim.release)
 

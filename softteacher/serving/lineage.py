@@ -73,7 +73,11 @@ def record(
         place = storage.join(registry, name, str(deployed.version))
         before = _read(place)
         if before and before["onnx_sha256"] != exported.sha256:
-            raise UserError(f"{place}: is the record of another model; a new repository needs a new --registry")
+            if not before["canary"]:
+                raise UserError(f"{place}: is the record of another model; a new repository needs a new --registry")
+            # of a canary that was ended, by a release that gave its number again
+            storage.remove(storage.join(place, RECORD))
+            storage.remove(place)
         files = sorted((f for f in model_path.iterdir() if f.is_file()), key=lambda f: f.name == "provenance.json")
         for file in files:  # the provenance last: a model folder without it is torn
             storage.copy(file, storage.join(place, "model", file.name))

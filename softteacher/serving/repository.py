@@ -2,7 +2,7 @@
 
 {repository}/{name}/config.pbtxt        names the one live version
                     champion.json       the champion pointer: which version, how good, on what data
-                    last_version        the highest number that was ever served; none is given twice
+                    last_version        the highest number that was ever drawn; none is twice
                     {version}/          model.onnx, model.py (python backend), and what a rollback needs: config.pbtxt,
                                         smoke.npz, manifest.json (see version_folder.py)
 {repository}/{name}-candidate/          a version before its smoke test, and claim.json: who is deploying
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,15 @@ class Champion:
         """As `champion.json` has it."""
         return json.dumps(asdict(self), indent=1).encode()
 
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Champion:
+        """Of what `champion.json` or a manifest has; what a newer release added is left out.
+
+        Raises:
+            TypeError: it lacks something.
+        """
+        return cls(**{f.name: tree[f.name] for f in fields(cls) if f.name in tree})
+
 
 def read_onnx_folder(path: Path) -> OnnxFolder:
     """Check an onnx folder and read what deploying it needs.
@@ -279,9 +288,8 @@ def versions(repository: str, name: str) -> list[int]:
     return sorted(int(f) for f in folders if f.isdecimal())
 
 
-def next_version(repository: str, name: str) -> int:
-    """A number that nothing has been served under, not even a canary that is gone: replicas, clients and records tell
-    models by it.
+def last_version(repository: str, name: str) -> int:
+    """The highest number that a deployment of a model has drawn; 0 if none has.
 
     Raises:
         UserError: the repository can't be read.
@@ -293,12 +301,22 @@ def next_version(repository: str, name: str) -> int:
         last = 0
     except ValueError:
         raise UserError(f"{uri}: torn, or not ours; write the highest version that was ever deployed into it") from None
-    return max([last, *versions(repository, name)]) + 1
+    return max([last, *versions(repository, name)])
 
 
-def use_version(repository: str, name: str, version: int) -> None:
-    """Remember a number before anything is served under it."""
-    storage.write_bytes(storage.join(repository, name, LAST_VERSION), str(version).encode())
+def draw_version(repository: str, name: str) -> int:
+    """A number for a new version that no other deployment has had, not even one that failed or a canary that is gone:
+    replicas, clients and records tell models by it.
+
+    Raises:
+        storage.Conflict: somebody else draws at this moment (on S3).
+        UserError: the repository can't be read or written.
+    """
+    uri = storage.join(repository, name, LAST_VERSION)
+    etag = storage.etag(uri)
+    version = last_version(repository, name) + 1
+    storage.write_bytes(uri, str(version).encode(), if_match=etag)
+    return version
 
 
 def read_champion(repository: str, name: str) -> Champion | None:
@@ -313,7 +331,7 @@ def read_champion(repository: str, name: str) -> Champion | None:
     except storage.MissingFile:
         return None
     try:
-        return Champion(**json.loads(data))
+        return Champion.from_tree(json.loads(data))
     except (TypeError, ValueError):
         raise UserError(
             f"{uri}: torn, or not ours; restore it from `record` in manifest.json of the live version"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from http.client import HTTPException
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Table
 from softteacher import storage
 from softteacher.errors import UserError
 from softteacher.serving.canary_state import Canary, read_canary
-from softteacher.serving.claim import claim_uri, read_claim
+from softteacher.serving.claim import claim_uri, read_claim, seconds
 from softteacher.serving.client import connect, explained
 from softteacher.serving.repository import Champion, read_champion, versions
 from softteacher.serving.version_folder import read_manifest
@@ -152,7 +152,7 @@ def _counters(url: str, models: list[str]) -> list[dict[str, Any]]:
     try:
         with opener.open(url, timeout=TIMEOUT) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, HTTPException) as e:  # the last: a port that isn't HTTP's
         raise UserError(f"{url}: no metrics of Triton there ({e}); check --metrics") from None
     return [
         {
@@ -171,8 +171,7 @@ def _counters(url: str, models: list[str]) -> list[dict[str, Any]]:
 def _repository_notes(repository: str, name: str, champion: Champion | None) -> Iterator[str]:
     claim = read_claim(claim_uri(repository, name))
     if claim:
-        seconds = time.time() - claim["time"]
-        yield f"{claim['host']} has been deploying {name} for {seconds:.0f} s, unless that run was killed"
+        yield f"{claim['host']} has been deploying {name} for {seconds(claim)} s, unless that run was killed"
     if champion is None:
         yield f"nothing is deployed as {name} in {repository}; check --repository and --name"
     elif read_manifest(storage.join(repository, name, str(champion.version))) is None:

@@ -87,7 +87,7 @@ def read_manifest(uri: str) -> Manifest | None:
     """
     try:
         value = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-        return Manifest(Champion(**value["record"]), value["files"])
+        return Manifest(Champion.from_tree(value["record"]), value["files"])
     except storage.MissingFile:
         return None
     except (KeyError, TypeError, ValueError):

@@ -47,6 +47,11 @@ def live_score(server: TritonServer, name: str) -> float:
         return round(float(client.predict([IMAGES[0]])[0].scores[0]), 3)
 
 
+def files_of(server: TritonServer, name: str) -> list[storage.FileInfo]:
+    """All but the number that a failed deployment has drawn."""
+    return [f for f in storage.list_files(f"{server.repository}/{name}") if f.name != "last_version"]
+
+
 def assert_no_candidate(server: TritonServer, name: str) -> None:
     assert not storage.exists(f"{server.repository}/{name}-candidate")
     triton_client = connect(server.url, 10)
@@ -200,13 +205,13 @@ def test_a_bad_model_is_refused_and_the_old_stays_live(
 ) -> None:
     broken = shutil.copytree(folders["second"], tmp_path / "broken")
     break_it(broken)
-    files = list(storage.list_files(f"{triton_server.repository}/{live}"))
+    files = files_of(triton_server, live)
     with asked_all_the_time(triton_server, live) as answers:
         with pytest.raises(UserError, match=message):
             deploy(str(broken), triton_server.repository, triton_server.url, live)
         time.sleep(0.3)
     assert set(answers) == {("1", 0.6)}
-    assert list(storage.list_files(f"{triton_server.repository}/{live}")) == files
+    assert files_of(triton_server, live) == files
     assert_no_candidate(triton_server, live)
 
 
@@ -281,6 +286,36 @@ def test_two_deployments_of_one_name_do_not_mix(
     assert not storage.exists(claim)
 
 
+@pytest.mark.parametrize("at", ["check", "write_champion", "write_canary"])
+def test_one_that_was_too_slow_leaves_the_work_of_the_other_alone(
+    at: str, triton_server: TritonServer, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was frozen until its claim counted as dead; when it goes on, another deployment has been made."""
+    name, (url, repository, _) = f"slow-{at}", triton_server
+    deploy(str(folders["first"]), repository, url, name)
+    share = 1e-9 if at == "write_canary" else None
+    claim = f"{repository}/{name}-candidate/claim.json"
+
+    def overtaken(*args: object) -> None:
+        monkeypatch.undo()
+        storage.remove(claim)
+        deploy(str(folders["third"]), repository, url, name, canary=share)
+        raise UserError("too slow")
+
+    monkeypatch.setattr(Claim if at == "check" else deploy_module, at, overtaken)
+    with pytest.raises(UserError, match="too slow"):
+        deploy(str(folders["second"]), repository, url, name, canary=share)
+    state = status(repository, url, name)
+    assert (state["live"], state["canary"]) == ((1, {"version": 3, "share": share}) if share else (3, None))
+    assert state["notes"] == []
+    assert live_score(triton_server, name) == (0.6 if share else 0.7)
+    if share:
+        assert live_score(triton_server, f"{name}-canary") == 0.7
+    follow_state = [v["version"] for v in state["versions"]]
+    assert 2 not in follow_state
+    assert rollback(repository, url, name)["version"] == 1
+
+
 def test_a_step_that_is_tried_again(triton_server: TritonServer, folders: dict[str, Path]) -> None:
     """Kubeflow does so when a pod is lost, which may be after its work was done."""
     name, (url, repository, _) = "retried", triton_server
@@ -298,6 +333,9 @@ def test_a_step_that_is_tried_again(triton_server: TritonServer, folders: dict[s
     assert promote(repository, url, name)["version"] == 3
     assert deploy(str(folders["third"]), repository, url, name, canary=0.1, run="wednesday")["version"] == 3
     assert deploy(str(folders["third"]), repository, url, name, run="friday")["version"] == 4  # another run may
+    assert rollback(repository, url, name)["version"] == 3
+    with pytest.raises(UserError, match=r"has deployed it already, as version 4, and it was rolled back.*3 stays live"):
+        deploy(str(folders["third"]), repository, url, name, run="friday")
 
 
 def test_what_the_gate_decided(triton_server: TritonServer, folders: dict[str, Path], tmp_path: Path) -> None:

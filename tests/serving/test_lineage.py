@@ -158,6 +158,11 @@ def test_a_canary_that_was_ended(world: World) -> None:
         champion_model(world.repository, world.registry, "cards")
     storage.remove(canary_folder(world.repository, "cards"))
     assert champion_model(world.repository, world.registry, "cards") == f"{world.registry}/cards/1/model"
+    model, onnx = world.deploy(2, (1,), image="another")  # by a release that gave the number again
+    facts = record(model, onnx, world.repository, "cards", world.registry)
+    assert (facts["version"], facts["canary"], facts["image"]) == (2, False, "another")
+    with storage.local_input(f"{world.registry}/cards/2/model") as kept:
+        assert ModelFolder(kept).provenance["image"] == "another"
     other = world.deploy(2, (1,), image="a third", run_id="of another repository")
     with pytest.raises(UserError, match="cards/2: is the record of another model; a new repository needs"):
         record(*other, world.repository, "cards", world.registry)

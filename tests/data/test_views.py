@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from softteacher.config import load_settings
 from softteacher.data.images import PAD, decode
@@ -183,6 +183,94 @@ def test_colour_moves_nothing():
         assert (image[:, :17] == image[0, 0]).all()
         changed += bool((image != edges).any())
     assert changed > 30
+
+
+class Chosen:
+    """A generator whose operation is chosen and whose magnitudes are the largest; it notes their ranges."""
+
+    def __init__(self, operation=0, first=0.0):
+        self.operation, self.first, self.ranges = operation, first, []
+
+    def random(self):
+        return self.first
+
+    def uniform(self, low, high):
+        self.ranges.append((low, high))
+        return high
+
+    def integers(self, low, high=None):
+        if high is None:
+            assert low > self.operation  # so many operations there are at least
+            return self.operation
+        self.ranges.append((low, high - 1))
+        return high - 1
+
+
+# in soft-teacher.md's order; PIL's solarize and posterize take whole numbers
+COLORS = {
+    "identity": (lambda i: i, []),
+    "autocontrast": (ImageOps.autocontrast, []),
+    "equalize": (ImageOps.equalize, []),
+    "solarize": (lambda i: ImageOps.solarize(i, 230), [(25, 230)]),
+    "color": (lambda i: ImageEnhance.Color(i).enhance(1.72), []),
+    "contrast": (lambda i: ImageEnhance.Contrast(i).enhance(1.72), []),
+    "brightness": (lambda i: ImageEnhance.Brightness(i).enhance(1.72), []),
+    "sharpness": (lambda i: ImageEnhance.Sharpness(i).enhance(1.72), []),
+    "posterize": (lambda i: ImageOps.posterize(i, 4), [(1, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", COLORS)
+def test_each_colour_operation(name):
+    expected, ranges = COLORS[name]
+    image = Image.fromarray(np.random.default_rng(0).integers(20, 200, (30, 40, 3), np.uint8))
+    rng = Chosen([*COLORS].index(name))
+    assert (np.asarray(color(image, rng)) == np.asarray(expected(image))).all()
+    assert rng.ranges == [(0.28, 1.72), *ranges]
+
+
+def test_there_are_nine_colour_and_four_geometry_operations():
+    for count, draw in ((9, lambda rng: color(marked(), rng)), (4, lambda rng: geometry_matrix(SIZE, rng, settings()))):
+        draw(Chosen(count - 1))
+        with pytest.raises(AssertionError):
+            draw(Chosen(count))
+
+
+@pytest.mark.parametrize(("operation", "ranges"), [(0, [(-0.1, 0.1)]), (1, [(-0.1, 0.1)]), (2, []), (3, [(-30, 30)])])
+def test_magnitudes_of_the_geometry(operation, ranges):
+    rng = Chosen(operation)
+    matrix = geometry_matrix((200, 100), rng, load_settings("coco-10pct").data)
+    assert rng.ranges == [(-30, 30), *ranges]
+    sin, tan = np.sin(np.pi / 6), np.tan(np.pi / 6)
+    largest = {
+        0: [[1, 0], [0, 1]],
+        1: [[1, 0], [0, 1]],
+        2: [[3**0.5 / 2, -sin], [sin, 3**0.5 / 2]],
+        3: [[1, tan], [tan, 1]],
+    }
+    np.testing.assert_allclose(matrix[:2, :2], largest[operation])
+    if operation < 2:
+        assert matrix[:2, 2].tolist() == ([20, 0] if operation == 0 else [0, 10])
+
+
+@pytest.mark.parametrize("first", [0.0, 0.99])
+def test_colour_and_geometry_come_in_either_order(first, monkeypatch):
+    from softteacher.data import views
+
+    order = []
+    monkeypatch.setattr(views, "color", lambda image, rng: order.append("color") or image)
+    monkeypatch.setattr(views, "warp", lambda view, matrix: order.append("geometry") or view)
+    strong_view(marked(), Chosen(first=first), load_settings("coco-10pct").data)
+    assert order == (["geometry", "color"] if first < 0.5 else ["color", "geometry"])
+
+
+def test_largest_patches():
+    rng = Chosen()
+    erased = (np.asarray(erase(Image.new("RGB", (100, 80), "white"), rng)) == PAD).all(-1)
+    assert rng.ranges[:2] == [(1, 5), (0, 0.2)]
+    assert len(rng.ranges) == 1 + 5 * 3  # of each patch size, x and y
+    assert erased[-16:, -20:].all()
+    assert erased.sum() == 16 * 20
 
 
 def test_erase_paints_up_to_five_grey_patches():

@@ -290,5 +290,5 @@ def test_a_first_deployment_killed_after_the_switch(live: TritonServer, good: di
     assert deploy(str(good["second"]), repository, url, name)["version"] == 3
     champion = read_champion(repository, name)
     assert champion is not None
-    assert (champion.version, champion.previous) == (2, [])
-    assert answer(url, name) == ("2", 0.8)
+    assert (champion.version, champion.previous) == (3, [])
+    assert answer(url, name) == ("3", 0.8)

@@ -89,7 +89,10 @@ def watch(
     ],
     live: Annotated[str, typer.Option(help="Folder or s3:// prefix that the clients record to.")],
     name: Annotated[str | None, typer.Option(help="Name of the model, where traffic of several is there.")] = None,
-    version: Annotated[str | None, typer.Option(help="By default the one that answered last.")] = None,
+    version: Annotated[
+        str | None,
+        typer.Option(help="By default that of a reference in Triton's repository, else the one that answered last."),
+    ] = None,
     all_versions: Annotated[bool, typer.Option("--all-versions", help="All of them together.")] = False,
     since: Annotated[str, typer.Option(help="First day, 2026-11-01 (UTC), or days back.")] = "7d",
     until: Annotated[str | None, typer.Option(help="Last day, likewise; by default today.")] = None,

@@ -155,6 +155,7 @@ class CanaryWatch:
         model: ServedModel,
         live: list[Detections],
         seconds: float,
+        until: float,
     ) -> list[Detections] | None:
         """Ask the candidate what the live model has answered, and compare.
 
@@ -164,15 +165,20 @@ class CanaryWatch:
             model: the live model.
             live: its answer.
             seconds: that it took.
+            until: when the request has to be over (`time.monotonic`).
 
         Returns:
-            The candidate's answer with the live model's labels; none if it has failed.
+            The candidate's answer with the live model's labels; none if it has failed, or if there was less time left
+            than the live model took.
         """
         started = time.monotonic()
+        if until - started < seconds:  # a good candidate, too, would fail
+            return None
         found, error = None, ""
         try:
             if set(candidate.classes) == set(model.classes):
-                found = candidate.ask(self._server, images, started + max(PATIENCE[0] * seconds, PATIENCE[1]))
+                patience = started + max(PATIENCE[0] * seconds, PATIENCE[1])
+                found = candidate.ask(self._server, images, min(patience, until))
                 order = np.array([model.classes.index(name) for name in candidate.classes])
                 found = [replace(d, labels=order[d.labels]) for d in found]
             else:

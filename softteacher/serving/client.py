@@ -203,12 +203,13 @@ class Client:
 
         live: list[Detections] = []
         if _good(opened):
+            until = time.monotonic() + self._timeout
             live, seconds = patiently(attempt, self._timeout, Unavailable, NotServed)
             if self._recorder:
                 for image, detections in zip(_good(opened), live, strict=True):
                     self._recorder.add(detections, original_size(image), model.version, model.classes)
             if candidate:
-                live = self._canary.ask(candidate, _good(opened), model, live, seconds) or live
+                live = self._canary.ask(candidate, _good(opened), model, live, seconds, until) or live
         found = iter(live)
         return [
             Answer(Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)), error=x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tempfile
 from collections import deque
@@ -50,11 +51,12 @@ def predict(
         `detections`: `class`, `category_id`, `score`, `box` (xyxy, pixels of the image).
 
     Raises:
-        UserError: an image can't be read, or the endpoint can't answer.
+        UserError: an image can't be read, the endpoint can't answer, or a picture would replace one of the images.
     """
     sources = find_sources(images)
+    pictures = _pictures(sources, out)
     with Client(triton, name) as client:
-        answers = list(_answers(client, sources, out, score))
+        answers = list(_answers(client, sources, pictures, score))
     for answer in answers:
         if "error" in answer:
             raise UserError(answer["error"])
@@ -89,14 +91,15 @@ def predict_files(
         parts: what all the shards wrote as JSON, to be written as one run would have; nothing is asked then.
 
     Raises:
-        UserError: the endpoint can't answer; a part is missing or broken; or, after everything else is done, some
-            images could not be read.
+        UserError: the endpoint can't answer; a part is missing or broken; a picture would replace one of the images;
+            or, after everything else is done, some images could not be read.
     """
     if output and form == "table":
         raise UserError(f"--output {output}: a table is for the screen; add --format json, coco or csv")
     if parts and (out or record):
         raise UserError("--join writes the answers again, nothing else; give --out and --record to the shards")
     sources = find_sources(images)
+    pictures = _pictures(sources, out)  # of all shards, which write into one folder
     if shard:
         sources = shard.share(sources)
     broken: list[str] = []
@@ -113,8 +116,11 @@ def predict_files(
         TrafficRecorder(record, name) if record else nullcontext() as recorder,
         Client(triton, name, recorder=recorder) as client,
     ):
-        answers = watched(_joined(parts, sources) if parts else _answers(client, sources, out, score))
+        answers = watched(_joined(parts, sources) if parts else _answers(client, sources, pictures, score))
         if output is None:
+            # the name of a file need not be UTF-8; as in a file, its bytes are written as they are
+            if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+                sys.stdout.reconfigure(errors="surrogateescape")
             write(answers, sys.stdout, form, lambda: client.categories)
         else:
             with tempfile.TemporaryDirectory(prefix="softteacher-") as folder:
@@ -128,11 +134,32 @@ def predict_files(
         raise UserError(f"{len(broken)} of {len(sources)} images could not be read; the first: {broken[0]}")
 
 
-def _answers(client: Client, sources: list[Source], out: str | None, score: float) -> Iterator[dict[str, Any]]:
+def _pictures(sources: list[Source], out: str | None) -> dict[str, str]:
+    """Where the picture of each image goes, by the name of the image; nothing without `out`."""
+    if not out:
+        return {}
+
+    def place(uri: str) -> str:
+        return uri if storage.is_s3(uri) else os.path.realpath(uri)
+
+    names, originals = {source.name for source in sources}, {place(source.uri): source.uri for source in sources}
+    pictures: dict[str, str] = {}
+    for name in (source.name for source in sources):
+        # a.png and a.jpg of one folder are two pictures
+        picture = name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
+        while picture != name and picture in names:  # a.png.jpg is an image, too, and its picture keeps the name
+            picture += ".jpg"
+        pictures[name] = storage.join(out, picture)
+        if original := originals.get(place(pictures[name])):
+            raise UserError(f"--out {out}: {original} is one of the images, a picture would replace it; choose another")
+    return pictures
+
+
+def _answers(client: Client, sources: list[Source], pictures: dict[str, str], score: float) -> Iterator[dict[str, Any]]:
     drawing: deque[tuple[dict[str, Any], Future[None] | None]] = deque()
     pool = ThreadPoolExecutor(DRAWERS)
     try:
-        found = client.stream((source.uri for source in sources), keep=bool(out))
+        found = client.stream((source.uri for source in sources), keep=bool(pictures))
         for source, answer in zip(sources, track(found, "predict", len(sources)), strict=True):
             if answer.error:
                 # a store that can't be reached is no fault of the image: the others would fail, too
@@ -141,7 +168,7 @@ def _answers(client: Client, sources: list[Source], out: str | None, score: floa
                 drawing.append(({"image": source.uri, "file_name": source.name, "error": str(answer.error)}, None))
             else:
                 good = replace(answer, detections=answer.detections[answer.detections.scores >= score])
-                picture = pool.submit(_picture, good, storage.join(out, _picture_name(source.name))) if out else None
+                picture = pool.submit(_picture, good, pictures[source.name]) if pictures else None
                 drawing.append((_row(source, good), picture))
             while drawing and (len(drawing) > 2 * DRAWERS or drawing[0][1] is None):
                 yield _drawn(*drawing.popleft())
@@ -183,11 +210,6 @@ def _row(source: Source, answer: Answer) -> dict[str, Any]:
             for label, value, box in zip(d.labels.tolist(), d.scores.tolist(), d.boxes.tolist(), strict=True)
         ],
     }
-
-
-def _picture_name(name: str) -> str:
-    # a.png and a.jpg of one folder are two pictures
-    return name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
 
 
 def _picture(answer: Answer, target: str) -> None:

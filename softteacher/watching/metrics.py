@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http.client import HTTPException
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest, push_to_gateway
@@ -53,5 +54,5 @@ def deliver(facts: dict[str, Any], file: str | None, push_gateway: str | None) -
     if push_gateway:
         try:
             push_to_gateway(push_gateway, JOB, metrics, {"model": facts["name"] or "unknown"}, timeout=10)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, HTTPException) as e:  # the last: a port that isn't HTTP's
             raise UserError(f"{push_gateway}: the pushgateway did not take the metrics ({e}); check the URL") from e

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import re
 import socket
 import threading
 import uuid
+import weakref
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -20,8 +22,8 @@ class TrafficRecorder:
     """Counts answers and writes them to `{uri}/{yyyy}/{mm}/{dd}/{host}-{uuid}.json`, one file a version (UTC days).
 
     Writing is a thread's business. What can't be written is kept and added to the next file, so that a store that fails
-    costs no request and no memory; it is told once. May be shared by threads. What is left is written by `close`, at
-    the latest when the interpreter ends.
+    costs no request and no memory; it is told once. May be shared by threads; a forked process counts for itself, from
+    nought. What is left is written by `close`, at the latest when the interpreter ends.
 
     Args:
         uri: folder or `s3://` prefix.
@@ -46,9 +48,13 @@ class TrafficRecorder:
     ) -> None:
         self.uri, self.name, self.min_score = uri, name, min_score
         self.every_images, self.every_seconds = every_images, every_seconds
+        self._closed = self._failed = False
+        self._start()
+        _recorders.add(self)
+
+    def _start(self) -> None:
         self._profiles: dict[tuple[str, tuple[str, ...]], TrafficProfile] = {}
         self._new = 0  # images since the last attempt to write
-        self._closed = self._failed = False
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
 
@@ -128,3 +134,16 @@ class TrafficRecorder:
         if not self._failed:
             self._failed = True
             say(f"{self.uri}: {line}")
+
+
+_recorders: weakref.WeakSet[TrafficRecorder] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """What was counted is the parent's to write, and its thread, that a lock may wait for, isn't in the child."""
+    for recorder in list(_recorders):
+        recorder._start()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

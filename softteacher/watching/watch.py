@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
@@ -38,7 +39,7 @@ def watch(
         reference: see `read_reference`.
         live: folder or `s3://` prefix that a `TrafficRecorder` writes to.
         name: of the model; by default the reference's, or the only one that is recorded there.
-        version: by default the reference's, or the one that answered last.
+        version: by default that of a reference in Triton's repository; of any other, the one that answered last.
         all_versions: the traffic of all versions together.
         since: first day, `2026-11-01` (UTC), or how many days back, `7d`.
         until: last day, likewise.
@@ -54,9 +55,10 @@ def watch(
         `min_images`.
 
     Raises:
-        UserError: bad input, nothing was ever recorded at `live`, or the metrics can't be delivered.
+        UserError: bad input, nothing was ever recorded at `live`, `out` is the reference, or the metrics can't be
+            delivered.
     """
-    base = read_reference(reference)
+    base = read_reference(reference, out)
     first, last = _day(since, "--since"), _day(until or "0d", "--until")
     if first > last:
         raise UserError(f"--since {since}: is after --until {until or 'today'}; swap them")
@@ -85,38 +87,48 @@ def watch(
     return facts
 
 
-def read_reference(uri: str) -> TrafficProfile:
+def read_reference(uri: str, out: str | None = None) -> TrafficProfile:
     """What traffic is compared with.
 
     Args:
         uri: a profile (`*.json`), or a folder with `profile.json` in it: an onnx folder, the report of an earlier
             `watch`, or the folder of a version in Triton's model repository, whose number is then known. Or the
             folder of the model there: the live version's is taken.
+        out: folder that `watch` will write to.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its file would be replaced in `out`.
     """
-    if uri.endswith(".json"):
-        return TrafficProfile.read(uri)
     record: dict[str, Any] = {}
-    for file, is_pointer in (("champion.json", True), ("manifest.json", False)):
+    if uri.endswith(".json"):
+        source, profile = uri, TrafficProfile.read(uri)
+    else:
+        for file, is_pointer in (("champion.json", True), ("manifest.json", False)):
+            try:
+                record = json.loads(storage.read_bytes(storage.join(uri, file)))
+                record = record if is_pointer else record["record"]
+                uri = storage.join(uri, str(record["version"])) if is_pointer else uri
+                break
+            except MissingFile:
+                pass
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{storage.join(uri, file)}: not ours; give another --reference") from None
+        source = storage.join(uri, FILE)
         try:
-            record = json.loads(storage.read_bytes(storage.join(uri, file)))
-            record = record if is_pointer else record["record"]
-            uri = storage.join(uri, str(record["version"])) if is_pointer else uri
-            break
+            profile = TrafficProfile.read(source)
         except MissingFile:
-            pass
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{storage.join(uri, file)}: not ours; give another --reference") from None
-    try:
-        profile = TrafficProfile.read(storage.join(uri, FILE))
-    except MissingFile:
-        raise MissingFile(
-            f"{uri}: no {FILE} in it; give a profile, or the folder of `softteacher export` (an old one: export again)"
-        ) from None
+            raise MissingFile(
+                f"{uri}: no {FILE} in it; give a profile, or the folder of `softteacher export` (an old one: export "
+                "again)"
+            ) from None
+    if out:
+        files = (source, storage.join(out, FILE))
+        if len({file if storage.is_s3(file) else os.path.realpath(file) for file in files}) == 1:
+            raise UserError(f"--out {out}: the traffic would replace the reference {source}; choose another folder")
+    # an earlier report's version is of a deployment that may be over
+    profile.version = str(record["version"]) if record else ""
     if record:
-        profile.name, profile.version = str(record.get("name", "")), str(record["version"])
+        profile.name = str(record.get("name", ""))
     return profile
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from softteacher.demo.servers import triton
 from softteacher.errors import UserError
 from softteacher.serving.client import Client
+from tests.faulty import FaultyProxy
 from tests.hand_server import HandServer
 from tests.helpers import CATEGORIES, SIZE, square_image
 
@@ -137,6 +139,29 @@ def test_a_canary_never_fails_a_request(candidate: dict, message: str, hand_trit
     assert (canary.requests, canary.failures, canary.images) == (3, 3, 0)
     assert re.search(message, canary.last_error)
     assert "3 failures, the last: " in str(canary)
+
+
+def test_a_canary_has_the_time_that_the_live_model_has_left(hand_triton: HandServer) -> None:
+    hand_triton.put("brisk", score=0.6)
+    hand_triton.put("brisk-canary", 1, {"share": 1, "version": 2}, score=0.8)
+    with FaultyProxy(hand_triton.urls.http) as proxy, Client(proxy.url, "brisk", timeout=1) as client:
+        proxy.seen.clear()
+        proxy.faults += ["", "stall"]
+        started = time.monotonic()
+        live = client.predict([IMAGE])
+        assert time.monotonic() - started < 1.5
+        assert live[0].scores.tolist() == [pytest.approx(0.6)]
+        assert proxy.seen == [f"POST /v2/models/{name}/infer" for name in ("brisk", "brisk-canary")]
+        # with less left than the live model took it isn't asked: a failure would say nothing of it
+        candidate, images = client._canary.draw(), [Image.fromarray(IMAGE)]
+        assert candidate is not None
+        for left, scores in ((-0.1, None), (0.8, None), (30, [pytest.approx(0.8)])):
+            found = client._canary.ask(candidate, images, client._model, live, 0.9, time.monotonic() + left)
+            assert (found and found[0].scores.tolist()) == scores
+        canary = client.canary
+        assert canary is not None
+        assert (canary.requests, canary.failures) == (2, 1)
+        assert "did not answer in time" in canary.last_error
 
 
 def test_a_canary_comes_goes_and_is_followed_by_the_next(hand_triton: HandServer) -> None:

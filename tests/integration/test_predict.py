@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from softteacher import cli, storage
 from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
-from softteacher.serving.predict import predict
+from softteacher.serving.predict import predict, predict_files
 from softteacher.watching.profile import TrafficProfile
 from tests.hand_server import HandServer
 from tests.helpers import CATEGORIES, square_image
@@ -140,6 +141,50 @@ def test_s3_in_and_out(run: Run, tree: Path, s3: str) -> None:
     assert [f.name for f in storage.list_files(f"{s3}/pictures")] == [
         "dark.png.jpg", "one.jpg", "photo.jpg", "sub/one.jpg", "sub/one.png.jpg"
     ]  # fmt: skip
+
+
+def test_no_picture_replaces_an_image(
+    run: Run, tree: Path, tmp_path: Path, s3: str, hand_triton: HandServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.copy(tree, f"{s3}/in")
+    (tmp_path / "link").symlink_to(tree)
+    monkeypatch.chdir(tree)
+    photographs = {file: file.read_bytes() for file in tree.rglob("*.*")}
+    in_store = list(storage.list_files(f"{s3}/in"))
+    for images, out in ((tree, tree), (tree, tmp_path / "link"), ("one.jpg", "."), (f"{s3}/in", f"{s3}/in/")):
+        for shard in ((), ("--shard", "1/2")):  # whose share is dark.png, photo.jpg and sub/one.png
+            code, stdout, err = run(images, "--out", out, *shard)
+            assert (code, stdout) == (2, "")
+            assert "one.jpg is one of the images, a picture would replace it; choose another" in err
+    with pytest.raises(UserError, match=r"one.jpg is one of the images"):
+        predict([str(tree)], hand_triton.urls.http, "squares", out=str(tree))
+    assert {file: file.read_bytes() for file in tree.rglob("*.*")} == photographs
+    assert list(storage.list_files(f"{s3}/in")) == in_store
+
+
+def test_each_image_has_a_picture_of_its_own(run: Run, tmp_path: Path) -> None:
+    for name, box in (("a.png", (0, 0, 0, 0)), ("a.png.jpg", BOX)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(encoded(square_image(box, 300, 200)))
+    assert run(tmp_path / "in", "--out", tmp_path / "out")[0] == 0
+    brightest = {}
+    for file in (tmp_path / "out").iterdir():
+        with Image.open(file) as picture:
+            brightest[file.name] = int(np.asarray(picture).max())
+    assert {name: value > 200 for name, value in brightest.items()} == {"a.png.jpg": True, "a.png.jpg.jpg": False}
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv", "coco"])
+def test_names_that_are_no_utf_8(
+    form: str, tmp_path: Path, hand_triton: HandServer, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """On a screen that, as most are, is strictly UTF-8: the bytes of the name, like in a file."""
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(encoded(square_image(BOX, 300, 200)))
+    assert (sys.stdout.encoding, sys.stdout.errors) == ("UTF-8", "strict")
+    predict_files([str(tmp_path)], hand_triton.urls.http, "squares", form=form)
+    written = capsysbinary.readouterr().out
+    assert (os.fsencode(name) if form in {"table", "csv"} else b"caf\\udce9.png") in written
 
 
 def test_answers_are_recorded_for_watch(run: Run, tree: Path, tmp_path: Path) -> None:

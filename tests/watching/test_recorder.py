@@ -145,3 +145,28 @@ TrafficRecorder({str(tmp_path)!r}, "n").add(found, (10, 10), "1", ["cat"])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stderr) == (0, "")
     assert [p.images for p in recorded(tmp_path)] == [1]
+
+
+def test_a_forked_process_counts_for_itself(tmp_path):
+    """What was counted before is the parent's alone; the child's is written, without the parent's thread."""
+    script = f"""
+import os, time
+import numpy as np
+from softteacher.detections import Detections
+from softteacher.watching.recorder import TrafficRecorder
+found = Detections(np.zeros((1, 4)), np.ones(1), np.zeros(1, int))
+recorder = TrafficRecorder({str(tmp_path)!r}, "n")
+for _ in range(2):
+    recorder.add(found, (10, 10), "1", ["cat"])
+while not recorder._changed._waiters:
+    time.sleep(0.01)
+if child := os.fork():
+    os.waitpid(child, 0)
+else:
+    for _ in range(3):
+        recorder.add(found, (10, 10), "1", ["cat"])
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(p.images for p in recorded(tmp_path)) == [2, 3]

@@ -134,6 +134,38 @@ def test_reference_of_the_live_version(reference, tmp_path):
         read_reference(str(model))
 
 
+def test_an_earlier_report_as_reference(reference, tmp_path):
+    """Its version is of a deployment that is over."""
+    live, report = str(tmp_path / "traffic"), str(tmp_path / "report")
+    put(live, 250, 2, version="1")
+    assert watch(reference, live, out=report)["version"] == "1"
+    put(live, 300, 0, version="2", side=9)
+    put(live, 400, 0, name="digits")
+    for folder in (report, f"{report}/profile.json"):
+        facts = watch(folder, live)
+        assert (facts["name"], facts["version"], facts["images"], facts["retrain"]) == ("cards", "2", 300, True)
+    assert watch(report, live, version="1")["drift"] is False
+
+
+def test_the_reference_is_never_replaced(reference, s3, tmp_path):
+    live, version = str(tmp_path / "traffic"), tmp_path / "models" / "cards" / "3"
+    put(live, 250, version="3", side=9)
+    storage.copy(reference, f"{s3}/onnx")
+    storage.copy(reference, version)
+    (version.parent / "champion.json").write_text(json.dumps({"name": "cards", "version": 3}))
+    (tmp_path / "link").symlink_to(reference)
+    for given, out in (
+        (reference, f"{reference}/"),
+        (f"{reference}/profile.json", reference),
+        (reference, tmp_path / "link"),
+        (version.parent, version),
+        (f"{s3}/onnx", f"{s3}/onnx/"),
+    ):
+        with pytest.raises(UserError, match=rf"--out {out}: the traffic would replace the reference .*profile\.json"):
+            watch(str(given), live, out=str(out))
+        assert watch(str(given), live, out=str(tmp_path / "out"))["drift"] is True
+
+
 def test_foreign_files_are_left_out_and_told(reference, tmp_path, capsys):
     live = tmp_path / "traffic"
     put(str(live), 3)
@@ -156,6 +188,7 @@ def test_foreign_files_are_left_out_and_told(reference, tmp_path, capsys):
         ({"until": "2026-02-31"}, "--until 2026-02-31: no day"),
         ({"since": "1d", "until": "2d"}, "--since 1d: is after --until 2d"),
         ({"push_gateway": "http://127.0.0.1:9"}, "http://127.0.0.1:9: the pushgateway did not take the metrics"),
+        ({"push_gateway": "http://host:port"}, r"http://host:port: the pushgateway did not take .*nonnumeric port"),
         ({"metrics_file": "/proc/none/m.prom"}, "/proc/none"),
     ],
 )
@@ -209,6 +242,25 @@ def test_pushed_metrics(reference, tmp_path, monkeypatch):
         expected["softteacher_drift_limit", "cards", name] = 0.4
     assert found == expected
     assert facts["verdict"] == "The traffic of cards version 1 is like the reference: no PSI is above its limit."
+
+
+def test_a_push_gateway_that_speaks_no_http(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Grpc(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(b"\0\0\x06\x04\0\0\0\0\0\0\x05\0\0\x40\0")  # HTTP/2
+
+        def log_message(self, *_):
+            pass
+
+    put(str(tmp_path / "traffic"), 3)
+    with HTTPServer(("127.0.0.1", 0), Grpc) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"the pushgateway did not take the metrics .*; check the URL"):
+            watch(reference, str(tmp_path / "traffic"), push_gateway=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 def test_report(reference, tmp_path):

@@ -1,13 +1,15 @@
 """What tests share, made once: the real servers on loopback, and a model from the embedded data set."""
 
 import inspect
+import os
 import platform
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from softteacher.config import load_settings
 from softteacher.data.split import split
@@ -17,6 +19,8 @@ from softteacher.serving.export import export
 from softteacher.training.train import train
 from tests.hand_server import HandServer, hand_server
 from tests.samples import TINY
+
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
 class TritonServer(NamedTuple):
@@ -76,34 +80,44 @@ def hand_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandServer
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """A folder that is made once for all processes of the run, by the first that needs it; nothing is changed in it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path, made = base / f"shared-{name}", base / f"shared-{name}.made"
+        with FileLock(f"{path}.lock"):
+            if not made.exists():
+                make(path)
+                made.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(shared: Shared) -> Path:
     """12 training and 6 validation scenes of the embedded data set."""
-    folder = tmp_path_factory.mktemp("digits")
-    make_digits(folder, train=12, val=6)
-    return folder
+    return shared("digits", lambda folder: make_digits(folder, train=12, val=6))
 
 
 @pytest.fixture(scope="session")
-def manifests(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def manifests(digits: Path, shared: Shared) -> Path:
     """A split of the digits: 6 labelled, 6 unlabelled, 6 validation images."""
-    folder = tmp_path_factory.mktemp("manifests")
-    split(str(digits), str(folder), percent=50, stratify=True)
-    return folder
+    return shared("manifests", lambda folder: split(str(digits), str(folder), percent=50, stratify=True))
 
 
 @pytest.fixture(scope="session")
-def trained(manifests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(manifests: Path, shared: Shared) -> Path:
     """A model folder after a few steps of Soft Teacher, with a teacher that believes nearly anything."""
-    folder = tmp_path_factory.mktemp("trained") / "model"
     low = [f"method.{key}_threshold=0.06" for key in ("pool", "rpn", "cls")]
     settings = load_settings("demo", [*TINY, *low, "method.reg_variance_threshold=9", "method.burn_in=0.34"])
-    train(*(str(manifests / f"{n}.json") for n in ("labeled", "unlabeled", "validation")), str(folder), settings)
-    return folder
+    data = [str(manifests / f"{name}.json") for name in ("labeled", "unlabeled", "validation")]
+    return shared("trained", lambda folder: train(*data, str(folder), settings))
 
 
 @pytest.fixture(scope="session")
-def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(trained: Path, shared: Shared) -> Path:
     """The onnx folder of `trained`."""
-    folder = tmp_path_factory.mktemp("exported") / "onnx"
-    export(str(trained), str(folder))
-    return folder
+    return shared("exported", lambda folder: export(str(trained), str(folder)))

@@ -109,7 +109,7 @@ def _deploy(
         onnx_sha256=model.sha256,
         deployed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         deployed_by=_who(),
-        engine=runtime.engine,
+        engine=runtime.served,  # fp16 is not held to what fp32 answers
         provenance=model.provenance,
         run=run,
     )

@@ -68,6 +68,11 @@ class Runtime:
         return self.engine.partition("-")[2]
 
     @property
+    def served(self) -> str:
+        """What answers, as the champion pointer names it: the engine, or `tensorrt-fp16`."""
+        return "tensorrt-fp16" if self.tensorrt else self.engine
+
+    @property
     def onnx_file(self) -> str:
         """The file of the onnx folder that it runs."""
         return INT8_FILE if self.precision == "int8" else "model.onnx"

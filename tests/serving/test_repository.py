@@ -87,6 +87,13 @@ RUNTIMES = [
 ]
 
 
+def test_tensorrt_is_told_from_the_engine_that_it_replaces() -> None:
+    """It answers in fp16, which the smoke test must know; the gate takes the same file."""
+    served = Runtime("onnxruntime", gpu=True, tensorrt=True).served
+    assert (served, Runtime("onnxruntime", gpu=True).served) == ("tensorrt-fp16", "onnxruntime-fp32")
+    assert Runtime(engine=served).onnx_file == "model.onnx"
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES[1:], ids=str)
 def test_every_runtime_has_the_same_interface(runtime: Runtime, tmp_path: Path) -> None:
     """By Triton's own message types: they refuse what Triton would not understand."""

@@ -25,7 +25,7 @@ class Bounds:
         max_class_drop: AP that a class may fall by. Only a fall counts that is no chance: the class is on at least ten
             images, and its interval lies under zero. 1: any.
         max_latency_ratio: its latency over the champion's.
-        require_significant: the interval of the gain must lie over zero.
+        require_significant: the interval of the gain must lie over zero, and be of ten images with boxes or more.
     """
 
     delta: float = 0.0

@@ -21,6 +21,7 @@ import numpy as np
 from softteacher import storage
 from softteacher.collecting.hashes import look
 from softteacher.collecting.merge import merge as merge
+from softteacher.collecting.merge import refuse_base
 from softteacher.collecting.rounds import State
 from softteacher.collecting.rounds import commit as commit
 from softteacher.collecting.sources import PARTS, find_labels, list_images, load_labels
@@ -68,6 +69,7 @@ def collect(
     Raises:
         UserError: bad input, or too many broken images; nothing is written then.
     """
+    refuse_base(out, base)  # before hours of looking
     with tempfile.TemporaryDirectory(prefix="softteacher-") as folder:
         plan(source, state, f"{folder}/plan", base=base, labels=labels, include_rejected=include_rejected)
         hash_shard(f"{folder}/plan", 0, f"{folder}/hashes")

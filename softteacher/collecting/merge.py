@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -69,6 +70,7 @@ def merge(
     if not 0 <= max_bad_images <= 1:
         raise UserError(f"--max-bad-images {max_bad_images:g}: must be from 0 to 1, e.g. 0.1")
     tree = _read(plan)
+    refuse_base(out, tree["base"])
     pool = Pool(plan, tree, shards, near_duplicate_bits)
     parts = {part: load_coco(storage.join(plan, f"{part}.json"), labeled=part != "unlabeled") for part in PARTS}
     base = {part: pool.rows(dataset) for part, dataset in parts.items()}
@@ -77,9 +79,13 @@ def merge(
     validation = pool.whole(base["validation"])
     if unseen := len(parts["validation"]) - len(validation):
         told = f"{tree['base']}: {unseen} of {len(parts['validation'])} validation images are missing or broken"
+        pairs = zip(parts["validation"].images, base["validation"].tolist(), strict=True)
+        first = next(image.file_name for image, row in pairs if row < 0 or not pool.images.sha256[row].any())
         if not len(validation):
-            raise UserError(f"{told}; what arrives can't be compared with them, look at their root")
-        say(f"warning: {told}; what arrives can't be compared with those")
+            raise UserError(
+                f"{told}; what arrives can't be compared with them, look at their root and file_name (first: {first})"
+            )
+        say(f"warning: {told}; what arrives can't be compared with those (first: {first})")
     labels = _labels(plan, pool, tree, validation)
     with_labels = pool.whole(*(file.rows for file in labels))
 
@@ -156,6 +162,21 @@ def merge(
         write_pending(folder, pool.changes(), after=tree["after"], number=number, record=record)
     say(f"collect: {reason}{'' if enough else ': nothing to do'} -> {out}")
     return facts
+
+
+def refuse_base(out: str, base: str) -> None:
+    """Refuse to write a round over the split that all rounds begin with, where a rejected one would stay for good.
+
+    Args:
+        out: where the round is to be written.
+        base: of the split.
+
+    Raises:
+        UserError: they are the same place.
+    """
+    places = {uri.rstrip("/") if storage.is_s3(uri) else os.path.realpath(uri) for uri in (out, base)}
+    if len(places) == 1:
+        raise UserError(f"--out {out}: is the --base, whose split would be overwritten; choose another folder")
 
 
 def _read(plan: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from softteacher import storage
 from softteacher.collecting.hashes import near
+from softteacher.collecting.sources import place
 from softteacher.collecting.table import ImageTable
 from softteacher.console import say
 from softteacher.data.coco import CocoDataset
@@ -59,6 +60,9 @@ class Pool:
         same = (seen.keys() == before.keys()) | (differing <= bits)
         seen.round[~(same & seen.good() & before.good())] = 0
         self.images.put(rows, seen)
+        # half of a file may be there while it is uploaded again: whole again it is of its old round
+        faulty = np.array([bool(fault) for fault in seen.faults], bool)
+        self._broken_now = rows[faulty & before.good() & (before.round > 0)]
         self.looked = np.zeros(len(self.images), bool)
         self.looked[rows] = True
         self._before = self.images.round.copy()
@@ -73,7 +77,7 @@ class Pool:
 
     def rows(self, dataset: CocoDataset) -> np.ndarray:
         """[N] int64, the row of each image of a data set in `images`; -1: not there."""
-        uris = (storage.join(i.root or dataset.root, i.file_name) for i in dataset.images)
+        uris = (place(i.root or dataset.root, i.file_name) for i in dataset.images)
         return np.array([self._row_of.get(uri, -1) for uri in uris], np.int64)
 
     def whole(self, *rows: np.ndarray) -> ImageTable:
@@ -131,10 +135,10 @@ class Pool:
             say(f"collect: {len(now)} of {total} images that arrived are broken and left out")
 
     def changes(self) -> ImageTable:
-        """The rows that the state doesn't have yet, or otherwise."""
+        """The rows that the state doesn't have yet, or otherwise; of broken ones of a round it keeps what it has."""
         known = self.images.good() | np.array([bool(fault) for fault in self.images.faults], bool)
         changed = np.flatnonzero((self.looked & known) | (self.images.round != self._before))
-        return ImageTable.join([self.images.take(changed), self._renamed])
+        return ImageTable.join([self.images.take(np.setdiff1d(changed, self._broken_now)), self._renamed])
 
     def _follow_renames(self) -> None:
         """A file that has gone from the source and is there under another name takes its round with it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from softteacher import storage
 from softteacher.collecting.table import ImageTable
@@ -49,6 +49,15 @@ def load_labels(uri: str, source: str) -> CocoDataset:
         return dataset
 
 
+def place(root: str, name: str) -> str:
+    """Where an image lies, in the same words however a json has it.
+
+    `./a.jpg` or `x//a.jpg` is another way to write a path on a disk; on S3 it is another key.
+    """
+    uri = storage.join(root, name)
+    return uri if storage.is_s3(uri) else str(PurePosixPath(uri))  # which leaves `..`, for it may follow a link
+
+
 def list_images(source: str, datasets: Sequence[CocoDataset]) -> tuple[ImageTable, int]:
     """The images of the source and of the data sets that are there, sorted by URI; and how many files are no images."""
     listed: dict[str, tuple[str, int, str]] = {}  # etag, size, fault
@@ -66,10 +75,10 @@ def list_images(source: str, datasets: Sequence[CocoDataset]) -> tuple[ImageTabl
         elif not storage.is_s3(uri) and not Path(os.path.realpath(uri)).is_relative_to(real):
             fault = f"{uri}: leaves the source by a link; copy the file into it"
         listed[uri] = file.etag, file.size, fault
-    wanted = {storage.join(i.root or d.root, i.file_name) for d in datasets for i in d.images} - set(listed)
+    wanted = {place(i.root or d.root, i.file_name) for d in datasets for i in d.images} - set(listed)
     for root in sorted({i.root or d.root for d in datasets for i in d.images}) if wanted else []:
         for file in storage.list_files(root):
-            if (uri := storage.join(root, file.name)) in wanted:
+            if (uri := place(root, file.name)) in wanted:
                 listed[uri] = file.etag, file.size, ""
     uris = sorted(listed)
     table = ImageTable.of(uris, [listed[uri][0] for uri in uris], [listed[uri][1] for uri in uris])

@@ -14,7 +14,7 @@ from softteacher.evaluation.metrics import Kind, evaluator
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 SEED = 0
-MIN_IMAGES = 10  # with boxes of a class; of fewer no interval can be believed
+MIN_IMAGES = 10  # with boxes of a class, or of any; of fewer no interval can be believed
 
 
 @dataclass(frozen=True)

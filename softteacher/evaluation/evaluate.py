@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from softteacher import storage
 from softteacher.choices import Weights
 from softteacher.console import say
+from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.images import BadImage, original_size
 from softteacher.data.masks import require_masks
+from softteacher.data.records import ImageRecord
 from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
 from softteacher.device import find_device, find_precision
@@ -86,6 +91,9 @@ def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> 
         data: manifest or COCO json with boxes, and for a detector with masks with these.
         images: folder or prefix of its images; none: where the data set says.
 
+    Returns:
+        The data set; for a detector with masks with the size of every image that can be read, as run lengths have it.
+
     Raises:
         UserError: it can't be read, has other classes than the model, or lacks masks.
     """
@@ -94,9 +102,23 @@ def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> 
         raise UserError(
             f"{data}: its classes are not those that {source.name} was trained on; use a data set with the same"
         )
-    if source.settings.detector.masks:
-        require_masks(dataset)
-    return dataset
+    if not source.settings.detector.masks:
+        return dataset
+    require_masks(dataset)
+
+    def sized(index: int) -> ImageRecord:
+        record = dataset.images[index]
+        if record.width:
+            return record
+        try:
+            width, height = original_size(read_image(dataset, index, short_side=1)[0])
+        except (BadImage, storage.MissingFile):
+            return record  # who looks at all images says so
+        return replace(record, width=width, height=height)
+
+    # a labelling tool may not tell the size of an image that nobody has drawn in
+    with ThreadPoolExecutor(max(1, source.settings.data.workers)) as pool:
+        return replace(dataset, images=list(pool.map(sized, range(len(dataset)))))
 
 
 def load_detector(source: ModelFolder, weights: Weights) -> tuple[Detector, torch.device]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,7 @@ from softteacher.data.images import BadImage, inference_size, resize
 from softteacher.data.loader import pad
 from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
+from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.evaluation.shard import Shard
 from softteacher.storage import MissingFile
@@ -34,13 +36,15 @@ def detect_dataset(
     device: torch.device,
     title: str = "evaluate",
     shard: Shard | None = None,
+    keep: Callable[[int, Detections], Detections] = lambda _, d: d,
 ) -> dict[int, Detections]:
     """Detections (numpy, pixels of the original image) by image id; broken images are counted and left out.
 
     The detector is a `Detector`, or another module that is called like one, e.g. an `Observer`.
 
     Of many processes each takes a share of the batches, and gets all detections. With a shard there are only those of
-    its share of the batches, which are the same that they are without.
+    its share of the batches, which are the same that they are without. `keep` is called with the id and detections of
+    each image as they come; what it returns stays in memory.
 
     Raises:
         UserError: more images are broken than `data.max_bad_images` allows.
@@ -76,8 +80,9 @@ def detect_dataset(
                 sizes = torch.tensor([image.shape[:2] for _, image, _ in good])
                 batch = detector(pad([image for _, image, _ in good]).to(device), sizes.to(device))
                 for (image_id, _, scale), detections in zip(good, batch, strict=True):
-                    found[image_id] = detections.numpy()
-                    found[image_id].boxes = found[image_id].boxes / scale
+                    d = detections.numpy()
+                    d.boxes = d.boxes / scale
+                    found[image_id] = keep(image_id, d)
             bar.advance(steps=len(chunk))
     detector.train(was_training)
     shares = distributed.gather((found, broken))
@@ -92,7 +97,16 @@ def score(detector: Detector, dataset: CocoDataset, settings: Settings, device: 
 
 
 def score_found(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:
-    """What `score` gives, of detections that are there already."""
+    """What `score` gives, of detections that are there already.
+
+    Raises:
+        UserError: the size of an image is not known, which masks need; its shard may have read it.
+    """
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
+    if settings.detector.masks and (odd := [n for n, image in enumerate(dataset.images) if not image.width]):
+        raise UserError(
+            f"{dataset.uri(odd[0])}: can't be read, and {dataset.source} doesn't tell its size, which masks need; put "
+            "the image back, or write its width and height"
+        )
     results = coco_results(dataset, found)
     return distributed.once(lambda: coco_metrics(dataset, results, settings.detector.masks)), results, dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,23 @@ def rank(
         if not len(dataset):
             raise UserError(f"{unlabeled}: no images in it; give the images that might be labelled")
         counts, origin = _label_counts(source, labeled)
+        sure: dict[int, Detections] = {}
+
+        def without_masks(image_id: int, d: Detections) -> Detections:
+            # an image's hundred masks take 157 kB; kept are those of the boxes that a person may get to correct
+            sure[image_id] = d[d.scores > PRE_LABEL_SCORE]
+            return replace(d, masks=None)
+
         if parts:
-            found = load_found(parts, "observed", source, dataset)
+            found, sure = (load_found(parts, name, source, dataset) for name in ("observed", "sure"))
         else:
             detector, device = load_detector(source, "teacher")
             observer = Observer(detector, source.settings, source.classes)
-            found = detect_dataset(observer, dataset, source.settings, device, "rank", shard)
+            found = detect_dataset(observer, dataset, source.settings, device, "rank", shard, without_masks)
         if shard:
             with storage.output_folder(out) as folder:
                 save_found(folder, "observed", found, shard, source, dataset)
+                save_found(folder, "sure", sure, shard, source, dataset)
             return []
     dataset = dataset.select([n for n, image in enumerate(dataset.images) if image.id in found])
     seen = [d for image in dataset.images if isinstance(d := found[image.id], Observed)]
@@ -104,7 +113,6 @@ def rank(
     chosen, skipped = choose(order, np.stack([d.feature for d in seen]), top)
     rows = []
     for place, n in enumerate(chosen, start=1):
-        sure = seen[n].scores > PRE_LABEL_SCORE
         rows.append({
             "rank": place,
             "file_name": names[n],
@@ -113,14 +121,14 @@ def rank(
             **{name: round(float(value), 4) for name, value in zip(TERMS, terms[n], strict=True)},
             "variance_mean": round(measured[n]["variance"], 5),
             "variance_max": round(measured[n]["variance_max"], 5),
-            "classes": sorted({source.classes[label] for label in seen[n].labels[sure].tolist()}),
+            "classes": sorted({source.classes[label] for label in sure[dataset.images[n].id].labels.tolist()}),
             "reason": _reason(terms[n], seen[n], source.classes, counts),
         })  # fmt: skip
     with storage.output_folder(out) as folder:
         _write_list(folder, rows)
         tree, tiles = _empty_coco(dataset, source), []
         for row, n in zip(rows, chosen, strict=True):
-            picture, boxes = read_image(dataset, n)[0], seen[n][seen[n].scores > PRE_LABEL_SCORE]
+            picture, boxes = read_image(dataset, n)[0], sure[dataset.images[n].id]
             _add_image(tree, dataset, n, picture.size, boxes)
             caption = f"{row['rank']}. {row['file_name']}: {row['reason']}"
             tiles.append(tile(picture, boxes, source.classes, caption))

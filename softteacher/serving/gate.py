@@ -59,6 +59,7 @@ class Comparison:
         latency_ms: the new model's median at batch 1 on ONNX Runtime.
         champion_latency_ms: the champion's, timed in turn.
         images: of the validation set.
+        with_boxes: those of them with a box of a class that both know.
         resamples: of the bootstrap.
         seed: of its draw.
         bounds: that were asked for.
@@ -73,6 +74,7 @@ class Comparison:
     latency_ms: float
     champion_latency_ms: float
     images: int
+    with_boxes: int
     resamples: int
     seed: int
     bounds: Bounds
@@ -193,7 +195,7 @@ def _decide(
             f"{model.path}: no validation image has a box of a class that version {champion.version} knows, too; "
             "deploy it under another --name, or without the gate"
         )
-    images = _images_by_class(dataset)
+    images, a = _images_by_class(dataset), dataset.annotations
     comparison = Comparison(
         version=champion.version,
         kind=kind,
@@ -207,6 +209,7 @@ def _decide(
         latency_ms=statistics.median(answers.milliseconds[0]),
         champion_latency_ms=statistics.median(answers.milliseconds[1]),
         images=len(dataset),
+        with_boxes=len(np.unique(a.image_index[np.isin(a.labels, shared) & ~a.crowd])),
         resamples=resamples,
         seed=seed,
         bounds=bounds,
@@ -257,6 +260,9 @@ def _rejections(c: Comparison, ap: float, champion_ap: float, low: float) -> tup
         found.append(f"its AP {ap:.4f} is not over the {champion_ap:.4f} of version {c.version} by {bounds.delta:g}")
     if bounds.require_significant and low <= 0:
         found.append(f"the gain may be chance: its interval begins at {low:+.4f}")
+    if bounds.require_significant and c.with_boxes < MIN_IMAGES:  # the interval of a single image is a point
+        few = f"images with a box of a class that both know: {c.with_boxes}, at least {MIN_IMAGES} are needed"
+        found.append(f"the gain may be chance; {few}")
     fallen = sorted((k for k in c.classes if k.fallen), key=lambda k: k.change)
     for k in fallen[:NAMED]:
         found.append(f"class {k.name} falls from {k.other:.4f} to {k.ap:.4f}, {bounds.max_class_drop:g} allowed")

@@ -63,12 +63,17 @@ def log_files(folder: Path) -> list[Path]:
 
 
 def window_means(window: dict[str, list[Tensor | float]], device: torch.device) -> dict[str, float]:
-    """The mean of each number's finite values, over the steps of a window and all processes."""
-    means = []
+    """The mean of each number's finite values, over the steps of a window and all processes; without any, no number."""
+    sums: list[float] = []
+    counts: list[float] = []
     for values in window.values():
         known = [v for v in values if not isinstance(v, Tensor)]
         fresh = [v for v in values if isinstance(v, Tensor)]  # on a GPU: fetched in one go
         known += torch.stack(fresh).tolist() if fresh else []
         finite = [v for v in known if math.isfinite(v)]
-        means.append(sum(finite) / len(finite) if finite else 0.0)
-    return dict(zip(window, distributed.mean(means, device), strict=True))
+        sums.append(sum(finite))
+        counts.append(len(finite))
+    # not the mean of the processes' means: one that knows less counts less
+    totals = distributed.mean(sums + counts, device)
+    known_of_all = zip(window, totals[: len(window)], totals[len(window) :], strict=True)
+    return {key: total / count for key, total, count in known_of_all if count}

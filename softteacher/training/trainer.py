@@ -308,7 +308,7 @@ def run_training(
                 line |= {"lr": learning_rate(p.step - 1, s), "images_per_second": rate, "skipped": p.skipped}
                 log.write({"step": p.step, **line})
                 warn(trainer, line)
-                note = f"loss {line['loss']:.3f}"
+                note = f"loss {line['loss']:.3f}" if "loss" in line else "loss not finite"
                 if "pseudo_boxes_cls" in line:
                     note += f", {line['pseudo_boxes_cls']:.1f} pseudo boxes an image"
             bar.advance(note)

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 from torch import nn
 
@@ -14,6 +15,7 @@ from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.evaluation.observe import Observed
 from softteacher.evaluation.rank import MOST_ENTROPY, choose, measure, rank
+from softteacher.evaluation.shard import Shard
 from tests.samples import coco_tree, write_coco, write_json
 
 ONE, TWO = 1, 2  # labels
@@ -214,3 +216,30 @@ def test_an_unlabelled_json(trained, painted, labels, tmp_path):
     source = write_json(painted.parent / "unlabeled.json", tree)
     rows = rank(str(trained), source, str(tmp_path / "out"), labeled=labels)
     assert [r["file_name"] for r in rows] == ["d.png", "c.png"]
+
+
+def test_only_masks_that_are_drawn_are_kept(trained, painted, labels, tmp_path, monkeypatch):
+    """A mask is as large as all else of its box a hundred times; a shard writes what a run keeps in memory."""
+
+    class WithMasks(Painted):
+        def forward(self, images, sizes):
+            out = super().forward(images, sizes)
+            for d in out:
+                faint = Observed(d.boxes, d.scores * 0.1, d.labels, variance=d.variance, feature=d.feature)
+                for key in ("boxes", "scores", "labels", "variance"):
+                    setattr(d, key, np.concatenate([getattr(d, key), *[getattr(faint, key)] * 50]))
+                d.masks = np.ones((len(d), 28, 28), np.float16)
+            return out
+
+    monkeypatch.setattr("softteacher.evaluation.rank.Observer", WithMasks)
+    whole = rank(str(trained), str(painted), str(tmp_path / "whole"), labeled=labels)
+    tree = json.loads((tmp_path / "whole" / "to_label.json").read_text())
+    assert [coco_mask.area(row["segmentation"]) for row in tree["annotations"]] == [64] * 4
+    parts = [str(tmp_path / str(n)) for n in (1, 2)]
+    for n, part in enumerate(parts, start=1):
+        rank(str(trained), str(painted), part, labeled=labels, shard=Shard(n, 2))
+    arrays = [dict(np.load(file)) for part in parts for file in (tmp_path / part).glob("*.npz")]
+    assert sum(len(a["masks"]) for a in arrays if "masks" in a) == 4
+    assert sum(len(a["scores"]) for a in arrays if "variance" in a) == 5 * 51
+    assert rank(str(trained), str(painted), str(tmp_path / "joined"), labeled=labels, parts=parts) == whole
+    assert (tmp_path / "joined" / "to_label.json").read_bytes() == (tmp_path / "whole" / "to_label.json").read_bytes()

@@ -11,14 +11,20 @@ from pycocotools import mask as judge
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from softteacher.config import load_settings
 from softteacher.data.coco import load_coco
 from softteacher.data.masks import draw_masks, require_masks
 from softteacher.detections import Detections
 from softteacher.detectors.mask_rcnn import mask_targets
+from softteacher.errors import UserError
+from softteacher.evaluation.analyze import analyze
+from softteacher.evaluation.evaluate import evaluate
 from softteacher.evaluation.metrics import KEYS, coco_metrics, coco_results
 from softteacher.evaluation.report import write_report
+from softteacher.evaluation.shard import Shard
+from softteacher.training.train import train
 from tests.helpers import SHARED
-from tests.samples import dataset, polygon_tree, write_coco, write_json
+from tests.samples import MASK_TINY, dataset, polygon_tree, write_coco, write_json
 
 
 def original(path, results):
@@ -139,3 +145,33 @@ def test_the_report_shows_masks(tmp_path, masks):
     without = [{k: v for k, v in row.items() if k != "segmentation"} for row in results]
     plain = write_report(data, without, numbers | {"weights": "teacher", "teacher": numbers}, {})
     assert (plain != page) == masks  # the pictures differ by the masks
+
+
+def test_an_image_without_boxes_and_without_a_size(tmp_path):
+    """Labelling tools don't know the size of an image that nobody has drawn in; at once, in shards, and analysed."""
+    tree = polygon_tree(3, first=101)
+    data = write_coco(tmp_path / "set", polygon_tree(4), tree)
+    labeled, validation = (str(data / "annotations" / f"instances_{part}.json") for part in ("train", "val"))
+    tree["annotations"] = [row for row in tree["annotations"] if row["image_id"] != 102]
+    write_json(data / "annotations" / "instances_val.json", tree)
+    settings = load_settings("demo", [*MASK_TINY, "training.iterations=1", "detector.score_threshold=0.02"])
+    train(labeled, None, validation, str(tmp_path / "model"), settings)
+    model = str(tmp_path / "model")
+    known = evaluate(model, validation, str(tmp_path / "known"))
+    for key in ("width", "height"):
+        del tree["images"][1][key]
+    write_json(data / "annotations" / "instances_val.json", tree)
+    assert evaluate(model, validation, str(tmp_path / "out")) == known
+    parts = [str(tmp_path / str(n)) for n in (1, 2)]
+    for n, part in enumerate(parts, start=1):
+        evaluate(model, validation, part, shard=Shard(n, 2))
+    assert evaluate(model, validation, str(tmp_path / "joined"), parts=parts) == known
+    analyze(model, validation, str(tmp_path / "analysis"))
+    for folder in ("out", "joined", "analysis"):
+        found = (tmp_path / folder / "detections.json").read_text()
+        assert found == (tmp_path / "known" / "detections.json").read_text()
+    assert 102 in {row["image_id"] for row in json.loads(found)}
+    (data / "images" / "102.png").unlink()  # since its shard looked at it
+    with pytest.raises(UserError, match=r"102\.png: can't be read, and .*instances_val\.json doesn't tell its size"):
+        evaluate(model, validation, str(tmp_path / "late"), parts=parts)
+    evaluate(model, validation, str(tmp_path / "without"))  # one that is broken is left out

@@ -47,10 +47,13 @@ HEALTHY = {
 # what is changed from HEALTHY (a value a minute), and what fires after 4 hours: alert -> labels, summary
 CASES = {
     "healthy": ({}, {}),
-    "a candidate that came and went": (
-        {x.replace("cards", "cards-candidate"): "0 20x200 _x99" for x in (OK, TIME, QUEUE)},
-        {},
-    ),
+    **{
+        f"a {kind} that came and went": (
+            {x.replace("cards", f"cards-{kind}"): "0 20x200 _x99" for x in (OK, TIME, QUEUE)},
+            {},
+        )
+        for kind in ("candidate", "canary")
+    },
     "nobody asks": (dict.fromkeys((OK, FAILED % "BACKEND", FAILED % "CANCELED", BAD, TIME, QUEUE), "5x300"), {}),
     "down": (
         {UP: "1x200 0x99"} | dict.fromkeys((OK, TIME, QUEUE, BAD), "0+600x200 _x99"),

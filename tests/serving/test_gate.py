@@ -120,6 +120,24 @@ def test_a_gain_that_may_be_chance(decide: Callable[..., Decision]) -> None:
     assert decision.rejections == (f"the gain may be chance: its interval begins at {low:+.4f}",)
 
 
+def test_a_gain_on_a_handful_of_images_may_be_chance(
+    decide: Callable[..., Decision], validation: Path, tmp_path: Path
+) -> None:
+    """On nine images with a class that both know, and more with another: the interval is narrow, and says nothing."""
+    significant = Bounds(max_latency_ratio=1000, require_significant=True)
+    only = [{"id": 7, "name": WHITE}]
+    load_coco(validation).select([*range(0, 24, 2), *range(1, 19, 2)]).save(tmp_path / "few.json")
+    deployed(tmp_path / "repository", {"categories": only, "label": 0, "margin": 6})
+    folder = onnx_folder(tmp_path / "onnx", validation=tmp_path / "few.json", grey=GREY)
+    decision = gate(str(folder), str(tmp_path / "repository"), "cards", bounds=significant, resamples=200)
+    assert decision.comparison.gain.low > 0
+    few = "the gain may be chance; images with a box of a class that both know: 9, at least 10 are needed"
+    assert decision.rejections == (few,)
+    assert not decision.deploy
+    assert gate(str(folder), str(tmp_path / "repository"), "cards", bounds=ANY_SPEED, resamples=200).deploy
+    assert decide({"grey": GREY}, {"categories": only, "label": 0, "margin": 6}, significant).deploy  # on twelve
+
+
 def test_a_class_that_falls(decide: Callable[..., Decision]) -> None:
     """The AP rises, but grey squares are found less well than before."""
     sides = {"grey": (0, 2.0)}, {"grey": GREY, "margin": 6}

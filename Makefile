@@ -41,10 +41,10 @@ demo: venv $(if $(filter docker,$(RUNNER)),images)  ## the main job, end to end,
 		$(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') $(if $(KEEP),--keep) \
 		$(if $(RUNNER),--runner $(RUNNER))
 
-test: venv  ## all tests, in two processes
+test: venv  ## all tests, in three processes: they wait for servers much of the time
 	@{ command -v promtool || test -x $(BIN)/promtool; } >/dev/null || bash images/promtool.sh $(BIN) 2>/dev/null || \
 		echo "no promtool (Debian's package prometheus): the tests of the alert rules will be skipped"
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-browser: venv  ## the report in Debian's chromium
 	@test -x /usr/bin/chromium || test "$$(id -u)" != 0 || { apt-get update -qq && \

@@ -19,7 +19,7 @@ from softteacher.demo.servers import triton
 from softteacher.errors import UserError
 from softteacher.serving import claim as claim_module
 from softteacher.serving import deployment as deploy_module
-from softteacher.serving.claim import Claim
+from softteacher.serving.claim import Claim, read_claim
 from softteacher.serving.client import Client, connect, infer
 from softteacher.serving.deploy import deploy, promote, rollback
 from softteacher.serving.repository import parse_config, read_champion, versions
@@ -311,9 +311,30 @@ def test_one_that_was_too_slow_leaves_the_work_of_the_other_alone(
     assert live_score(triton_server, name) == (0.6 if share else 0.7)
     if share:
         assert live_score(triton_server, f"{name}-canary") == 0.7
-    follow_state = [v["version"] for v in state["versions"]]
-    assert 2 not in follow_state
+    assert 2 not in [v["version"] for v in state["versions"]]
     assert rollback(repository, url, name)["version"] == 1
+
+
+def test_the_claim_is_renewed_until_the_end(
+    triton_server: TritonServer, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while it cleans up, which may take as long as a dead one is waited for."""
+    name, (url, repository, _) = "renewed", triton_server
+    beats, clean_up = [], deploy_module.Deployment.clean_up
+
+    def watched(self: deploy_module.Deployment) -> None:
+        for _ in range(2):
+            taken = read_claim(f"{repository}/{name}-candidate/claim.json")
+            assert taken is not None
+            beats.append(taken["beats"])
+            time.sleep(0.5)
+        clean_up(self)
+
+    monkeypatch.setattr(claim_module, "RENEW", 0.05)
+    monkeypatch.setattr(deploy_module.Deployment, "clean_up", watched)
+    deploy(str(folders["first"]), repository, url, name)
+    assert 0 < beats[0] < beats[1]
+    assert not storage.exists(f"{repository}/{name}-candidate")
 
 
 def test_a_step_that_is_tried_again(triton_server: TritonServer, folders: dict[str, Path]) -> None:
@@ -321,21 +342,19 @@ def test_a_step_that_is_tried_again(triton_server: TritonServer, folders: dict[s
     name, (url, repository, _) = "retried", triton_server
     deploy(str(folders["first"]), repository, url, name, run="monday")
     for _ in range(2):
-        facts = deploy(str(folders["second"]), repository, url, name, run="tuesday")
-        assert (facts["version"], facts["previous"], facts["smoke"]["detections"]) == (2, 1, 4)
-    assert live_score(triton_server, name) == 0.8
+        facts = deploy(str(folders["second"]), repository, url, name, canary=0.1, run="tuesday")
+        assert (facts["version"], facts["previous"], facts["canary"], facts["smoke"]["detections"]) == (2, 1, 0.1, 4)
+    with pytest.raises(UserError, match="version 2 is a canary"):  # not of this run
+        deploy(str(folders["second"]), repository, url, name, canary=0.1, run="wednesday")
+    assert promote(repository, url, name)["version"] == 2
+    facts = deploy(str(folders["second"]), repository, url, name, canary=0.1, run="tuesday")
+    assert (facts["version"], facts["previous"], facts["smoke"]["detections"]) == (2, 1, 4)
     assert versions(repository, name) == [1, 2]
-    for _ in range(2):
-        facts = deploy(str(folders["third"]), repository, url, name, canary=0.1, run="wednesday")
-        assert (facts["version"], facts["previous"], facts["canary"]) == (3, 2, 0.1)
-    with pytest.raises(UserError, match="version 3 is a canary"):  # not of this run
-        deploy(str(folders["third"]), repository, url, name, canary=0.1, run="thursday")
-    assert promote(repository, url, name)["version"] == 3
-    assert deploy(str(folders["third"]), repository, url, name, canary=0.1, run="wednesday")["version"] == 3
-    assert deploy(str(folders["third"]), repository, url, name, run="friday")["version"] == 4  # another run may
-    assert rollback(repository, url, name)["version"] == 3
-    with pytest.raises(UserError, match=r"has deployed it already, as version 4, and it was rolled back.*3 stays live"):
-        deploy(str(folders["third"]), repository, url, name, run="friday")
+    assert live_score(triton_server, name) == 0.8
+    assert rollback(repository, url, name)["version"] == 1
+    with pytest.raises(UserError, match=r"has deployed it already, as version 2, and it was rolled back.*1 stays live"):
+        deploy(str(folders["second"]), repository, url, name, run="tuesday")
+    assert deploy(str(folders["second"]), repository, url, name, run="friday")["version"] == 3  # another run may
 
 
 def test_what_the_gate_decided(triton_server: TritonServer, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def is_s3(uri: str | Path) -> bool:
     return str(uri).startswith("s3://")
 
 
+def place(uri: str | Path) -> str:
+    """The one spelling of a place: a path without links, a URI without a slash at its end."""
+    return str(uri).rstrip("/") if is_s3(uri) else os.path.realpath(uri)
+
+
 def join(base: str | Path, *parts: str) -> str:
     """`base/part/...` for a local path or an S3 URI."""
     return "/".join([str(base).rstrip("/"), *parts])

@@ -13,7 +13,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from softteacher import storage
 from softteacher.serving.connection import connect, infer
+from softteacher.serving.repository import LAST_VERSION
 
 # real data sets and reference numbers, where a developer has them beside the checkout
 SHARED = Path(os.environ.get("SOFTTEACHER_SHARED", Path(__file__).parents[2] / "shared"))
@@ -188,6 +190,11 @@ def onnx_folder(path: Path, *, ap: float = 0.5, validation: Path | None = None, 
     manifest = validation.read_text() if validation else json.dumps({"softteacher": {"fingerprint": "set-1"}})
     (path / "validation.json").write_text(manifest)
     return path
+
+
+def model_files(repository: str, name: str) -> list[storage.FileInfo]:
+    """The files of a model in Triton's repository, but for the number that also a failed deployment draws."""
+    return [file for file in storage.list_files(f"{repository}/{name}") if file.name != LAST_VERSION]
 
 
 def answer(url: str, name: str) -> tuple[str, float]:

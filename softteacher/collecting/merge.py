@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -174,8 +173,7 @@ def refuse_base(out: str, base: str) -> None:
     Raises:
         UserError: they are the same place.
     """
-    places = {uri.rstrip("/") if storage.is_s3(uri) else os.path.realpath(uri) for uri in (out, base)}
-    if len(places) == 1:
+    if storage.place(out) == storage.place(base):
         raise UserError(f"--out {out}: is the --base, whose split would be overwritten; choose another folder")
 
 

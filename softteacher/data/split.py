@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import replace
@@ -219,7 +218,7 @@ def _places(dataset: CocoDataset) -> Iterator[str]:
     for image in dataset.images:
         root = image.root or dataset.root
         if root not in real:
-            real[root] = root.rstrip("/") if storage.is_s3(root) else os.path.realpath(root)
+            real[root] = storage.place(root)
         yield f"{real[root]}/{posixpath.normpath(image.file_name)}"
 
 

@@ -18,6 +18,7 @@ from softteacher.evaluation.evaluate import load_detector, load_labelled, say_sc
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
 from softteacher.evaluation.observe import Observed, Observer
 from softteacher.evaluation.plots import iou_scatter, threshold_curve
+from softteacher.methods.thresholds import ClassThresholds
 from softteacher.model_folder import WEIGHTS, ModelFolder
 
 ENOUGH = 30  # boxes above the pool's threshold, for the IoU figures; of fewer nothing can be seen
@@ -202,13 +203,10 @@ def _adaptive(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
 
     No box under the pool's threshold teaches anything.
     """
-    values = np.full(len(objects), method.pool_threshold)
-    for label, count in enumerate(objects.values()):
-        scores = -np.sort(-boxes["score"][boxes["label"] == label])
-        wanted = round(method.adaptive_share * count)
-        if wanted < len(scores):
-            values[label] = max(values[label], scores[wanted])
-    return values
+    found = [torch.from_numpy(boxes[key])[None] for key in ("score", "label")]  # as of one image with all objects
+    frequency = torch.tensor([*objects.values()], dtype=torch.float32)
+    values = ClassThresholds(method, frequency).quantiles(*found).double().numpy() if len(boxes["score"]) else 0.0
+    return np.maximum(np.full(len(objects), method.pool_threshold), values)
 
 
 def _at(score: np.ndarray, correct: np.ndarray, objects: int, threshold: float | np.ndarray) -> dict[str, float | None]:

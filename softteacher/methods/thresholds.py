@@ -41,7 +41,7 @@ class ClassThresholds:
         parts = distributed.gather((scores.cpu(), labels.cpu()))
         self.scores = _stack([self.scores, *(s for s, _ in parts)])[-WINDOW:]
         self.labels = _stack([self.labels, *(n for _, n in parts)])[-WINDOW:]
-        self.values = self._quantiles(self.scores, self.labels) if len(self.scores) >= FEWEST else None
+        self.values = self.quantiles(self.scores, self.labels) if len(self.scores) >= FEWEST else None
 
     def above(self, found: Detections, fixed: float) -> Tensor:
         """Which boxes teach, [N] bool; strictly above, as in the reference.
@@ -66,9 +66,10 @@ class ClassThresholds:
         """Go on from a `state()`."""
         self.scores, self.labels = state["threshold_scores"], state["threshold_labels"]
         if self.scores is not None and self.labels is not None and len(self.scores) >= FEWEST:
-            self.values = self._quantiles(self.scores, self.labels)
+            self.values = self.quantiles(self.scores, self.labels)
 
-    def _quantiles(self, scores: Tensor, labels: Tensor) -> Tensor:
+    def quantiles(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """[C]: the thresholds of n images, from scores [n, K] (0: none; K > 0) and labels [n, K], both on the CPU."""
         flat, order = scores.flatten().sort(descending=True)
         classes = labels.flatten()[order]
         classes, order = torch.where(flat > 0, classes, len(self.frequency)).sort(stable=True)

@@ -217,16 +217,17 @@ def _of_run(target: Deployment, run: str, sha256: str) -> dict[str, Any]:
     live, trial = target.champion, target.canary
     if not run or live is None:
         return {}
-    if trial:
-        manifest = read_manifest(target.folder(trial.version, "-canary"))
-        if manifest and (manifest.record.run, manifest.record.onnx_sha256) == (run, sha256):
-            return _facts(manifest.record, target, target.try_canary(trial)) | {"canary": trial.share}
-    if (live.run, live.onnx_sha256) == (run, sha256):
+
+    def by_it(record: Champion) -> bool:
+        return (record.run, record.onnx_sha256) == (run, sha256)
+
+    if trial and (manifest := read_manifest(target.folder(trial.version, "-canary"))) and by_it(manifest.record):
+        return _facts(manifest.record, target, target.try_canary(trial)) | {"canary": trial.share}
+    if by_it(live):
         facts = _facts(live, target, target.try_live(live.version))
         return facts | {"previous": next(iter(live.previous), None)}
     for version in versions(target.repository, target.name):
-        manifest = read_manifest(target.folder(version))
-        if manifest and (manifest.record.run, manifest.record.onnx_sha256) == (run, sha256):
+        if (manifest := read_manifest(target.folder(version))) and by_it(manifest.record):
             raise UserError(f"this run has deployed it already, as version {version}, and it was rolled back since")
     return {}
 

@@ -219,7 +219,9 @@ class Deployment:
         """Leave no candidate behind, nor a name that nothing was ever live under; what another took over is its own."""
         if self.claim.ours():
             self.remove_candidate()
-            if not versions(self.repository, self.name) and read_champion(self.repository, self.name) is None:
+            if self.champion is not None or versions(self.repository, self.name):
+                return
+            if read_champion(self.repository, self.name) is None:
                 storage.remove(storage.join(self.repository, self.name, LAST_VERSION))
 
     def _give_up_canary(self) -> None:

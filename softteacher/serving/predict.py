@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import tempfile
 from collections import deque
@@ -139,10 +138,8 @@ def _pictures(sources: list[Source], out: str | None) -> dict[str, str]:
     if not out:
         return {}
 
-    def place(uri: str) -> str:
-        return uri if storage.is_s3(uri) else os.path.realpath(uri)
-
-    names, originals = {source.name for source in sources}, {place(source.uri): source.uri for source in sources}
+    names = {source.name for source in sources}
+    originals = {storage.place(source.uri): source.uri for source in sources}
     pictures: dict[str, str] = {}
     for name in (source.name for source in sources):
         # a.png and a.jpg of one folder are two pictures
@@ -150,7 +147,7 @@ def _pictures(sources: list[Source], out: str | None) -> dict[str, str]:
         while picture != name and picture in names:  # a.png.jpg is an image, too, and its picture keeps the name
             picture += ".jpg"
         pictures[name] = storage.join(out, picture)
-        if original := originals.get(place(pictures[name])):
+        if original := originals.get(storage.place(pictures[name])):
             raise UserError(f"--out {out}: {original} is one of the images, a picture would replace it; choose another")
     return pictures
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
@@ -121,10 +120,8 @@ def read_reference(uri: str, out: str | None = None) -> TrafficProfile:
                 f"{uri}: no {FILE} in it; give a profile, or the folder of `softteacher export` (an old one: export "
                 "again)"
             ) from None
-    if out:
-        files = (source, storage.join(out, FILE))
-        if len({file if storage.is_s3(file) else os.path.realpath(file) for file in files}) == 1:
-            raise UserError(f"--out {out}: the traffic would replace the reference {source}; choose another folder")
+    if out and storage.place(source) == storage.place(storage.join(out, FILE)):
+        raise UserError(f"--out {out}: the traffic would replace the reference {source}; choose another folder")
     # an earlier report's version is of a deployment that may be over
     profile.version = str(record["version"]) if record else ""
     if record:

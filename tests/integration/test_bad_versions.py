@@ -21,7 +21,7 @@ from softteacher.serving.deploy import deploy, promote, rollback
 from softteacher.serving.deployment import Deployment
 from softteacher.serving.repository import read_champion, versions
 from tests.conftest import TritonServer
-from tests.helpers import answer, onnx_folder, ready
+from tests.helpers import answer, model_files, onnx_folder, ready
 
 NAME = "guarded"
 
@@ -39,19 +39,14 @@ def live(triton_server: TritonServer, good: dict[str, Path]) -> TritonServer:
     return triton_server
 
 
-def files_of(server: TritonServer) -> list[storage.FileInfo]:
-    """All but the number that a failed deployment has drawn."""
-    return [f for f in storage.list_files(f"{server.repository}/{NAME}") if f.name != "last_version"]
-
-
 def assert_refused(server: TritonServer, folder: Path, message: str, timeout: float = 60) -> None:
     """The deployment fails with the message, and everything is as before."""
-    before = files_of(server)
+    before = model_files(server.repository, NAME)
     with pytest.raises(UserError, match=rf"{message}.*\({NAME}: version 1 stays live\)") as error:
         deploy(str(folder), server.repository, server.url, NAME, timeout=timeout)
     assert "\n" not in str(error.value)
     assert answer(server.url, NAME) == ("1", 0.6)
-    assert files_of(server) == before
+    assert model_files(server.repository, NAME) == before
     assert not storage.exists(f"{server.repository}/{NAME}-candidate")
     assert not ready(server.url, f"{NAME}-candidate")
 

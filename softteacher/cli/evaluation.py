@@ -34,7 +34,7 @@ def evaluate(
     if shard:
         return print_facts({"shard": shard, **metrics})
     masks = {f"segm_{key}": value for key, value in metrics.get("segm", {}).items()}
-    keys = ("AP", "AP50", "AP75", "segm_AP", "segm_AP50", "segm_AP75")
+    keys = ("AP", "AP50", "AP75", "AP_low_scores", "segm_AP", "segm_AP50", "segm_AP75")
     print_facts({key: round((metrics | masks)[key], 4) for key in keys if key in metrics | masks})
 
 

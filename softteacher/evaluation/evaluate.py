@@ -13,6 +13,7 @@ import torch
 
 from softteacher import storage
 from softteacher.choices import Weights
+from softteacher.config import Settings
 from softteacher.console import say
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset, load_coco
@@ -25,10 +26,13 @@ from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
 from softteacher.evaluation.confusion import confusion
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
+from softteacher.evaluation.metrics import LOW_SCORES, coco_metrics, coco_results
 from softteacher.evaluation.partial import load_found, save_found
 from softteacher.evaluation.report import Section, write_report
 from softteacher.evaluation.shard import Shard
 from softteacher.model_folder import WEIGHTS, ModelFolder
+
+LOW_SCORE = 0.001  # the other threshold that papers report AP at
 
 
 def evaluate(
@@ -54,8 +58,9 @@ def evaluate(
 
     Returns:
         What `metrics.json` says: the COCO numbers and `per_class` of the weights that the report shows, of masks under
-        `segm`, their `confusion`, the `overrides`, and the COCO numbers again under `teacher` and `student`. Of a
-        shard: `images`.
+        `segm`, their `confusion`, the `overrides`, and the COCO numbers again under `teacher` and `student`. All are of
+        detections above `detector.score_threshold`, but for `AP_low_scores`, of those above 0.001, which detectors with
+        masks don't have. Of a shard: `images`.
 
     Raises:
         UserError: bad input; nothing is written then.
@@ -69,6 +74,9 @@ def evaluate(
                 found[name] = load_found(parts, name, source, dataset)
             else:
                 detector, device = load_detector(source, name)
+                if not source.settings.detector.masks:  # each detection would cost one
+                    lowest = min(LOW_SCORE, source.settings.detector.score_threshold)
+                    detector.settings = detector.settings.model_copy(update={"score_threshold": lowest})
                 found[name] = detect_dataset(detector, dataset, source.settings, device, shard=shard)
         if shard:
             with storage.output_folder(out) as folder:
@@ -77,7 +85,7 @@ def evaluate(
             return {"images": len(found[weights or "teacher"])}
         scored: dict[Weights, Scored] = {}
         for name in found:
-            scored[name] = score_found(dataset, found[name], source.settings)
+            scored[name] = score_both(dataset, found[name], source.settings)
             say_score(name, scored[name][0])
         with storage.output_folder(out) as folder:
             return write_evaluation(folder, source, scored, weights or "teacher")
@@ -129,11 +137,21 @@ def load_detector(source: ModelFolder, weights: Weights) -> tuple[Detector, torc
     return detector, device
 
 
+def score_both(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:
+    """What `score_found` gives for those above `detector.score_threshold`, and AP of all: nothing above it changes."""
+    above = {image: d[d.scores > settings.detector.score_threshold] for image, d in found.items()}
+    metrics, results, readable = score_found(dataset, above, settings)
+    if not settings.detector.masks:
+        metrics[LOW_SCORES] = coco_metrics(readable, coco_results(readable, found))["AP"]
+    return metrics, results, readable
+
+
 def say_score(name: str, metrics: dict[str, Any]) -> None:
     """The line for the user about one detector's score, and one about that of its masks."""
     for what, ap in (("", metrics), (" masks", metrics.get("segm"))):
         if ap:
-            say(f"evaluate: {name}{what} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}")
+            low = f"; down to a score of {LOW_SCORE:g}: AP {ap[LOW_SCORES]:.4f}" if LOW_SCORES in ap else ""
+            say(f"evaluate: {name}{what} AP {ap['AP']:.4f}, AP50 {ap['AP50']:.4f}, AP75 {ap['AP75']:.4f}{low}")
 
 
 def write_evaluation(

@@ -16,6 +16,7 @@ from softteacher.detections import Detections, paste_masks
 
 Kind = Literal["bbox", "segm"]
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+LOW_SCORES = "AP_low_scores"  # AP of detections that are mostly wrong, too, see `evaluate`
 
 
 @without_gc()

@@ -12,7 +12,7 @@ from faster_coco_eval.core import mask as coco_mask
 from softteacher.data.coco import CocoDataset
 from softteacher.detections import Detections
 from softteacher.evaluation.examples import SHOWN_SCORE, example, image_f1
-from softteacher.evaluation.metrics import KEYS
+from softteacher.evaluation.metrics import KEYS, LOW_SCORES
 from softteacher.evaluation.page import inline, render
 from softteacher.evaluation.plots import recall_curve
 
@@ -30,6 +30,7 @@ MEANINGS = {
     "ARs": "the same, small objects",
     "ARm": "medium objects",
     "ARl": "large objects",
+    LOW_SCORES: "AP with the detections that have a score from 0.001 on",
 }
 
 Section = tuple[str, str, bytes]  # title, text, PNG
@@ -59,7 +60,7 @@ def write_report(
     return render(
         "evaluation/report.html",
         metrics=metrics,
-        keys=KEYS,
+        keys=(*KEYS, LOW_SCORES),
         meanings=MEANINGS,
         columns=columns,
         verdict=verdict(metrics, len(dataset)),

@@ -3,13 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
 
+from softteacher.config import Settings
+from softteacher.data.coco import load_coco
+from softteacher.detections import Detections
 from softteacher.errors import UserError
-from softteacher.evaluation.evaluate import evaluate
-from softteacher.evaluation.metrics import KEYS
+from softteacher.evaluation.evaluate import evaluate, score_both
+from softteacher.evaluation.metrics import KEYS, LOW_SCORES
 from softteacher.model_folder import ModelFolder, sha256
 from tests.evaluation.test_metrics import original
 from tests.samples import write_json
@@ -30,7 +34,8 @@ def test_files(evaluated, trained):
     assert metrics["weights"] == "teacher"
     assert all(metrics["teacher"][k] == metrics[k] for k in (*KEYS, "per_class"))
     trained_metrics = json.loads((trained / "metrics.json").read_text())
-    assert {k: metrics[k] for k in ("teacher", "student")} == trained_metrics
+    more = {k: {key: value for key, value in metrics[k].items() if key != LOW_SCORES} for k in trained_metrics}
+    assert more == trained_metrics
 
 
 def test_pycocotools_says_the_same_about_the_detections(evaluated, digits):
@@ -62,6 +67,32 @@ def test_what_is_found_can_be_set(evaluated, trained, manifests, tmp_path):
     assert json.loads((out / "metrics.json").read_text())["overrides"] == chosen
     with pytest.raises(UserError, match=r"training\.device = 'nowhere': not usable here .*--set training\.device=auto"):
         evaluate(*map(str, (trained, manifests / "validation.json", out)), overrides=["training.device=nowhere"])
+
+
+def test_both_thresholds_of_the_papers(trained, manifests, tmp_path):
+    """One look gives what two evaluations give."""
+    arguments = str(trained), str(manifests / "validation.json")
+    scores, rows = {}, {}
+    for threshold in (0.001, 0.118):
+        out = tmp_path / str(threshold)
+        scores[threshold] = evaluate(*arguments, str(out), overrides=[f"detector.score_threshold={threshold}"])
+        rows[threshold] = json.loads((out / "detections.json").read_text())
+    low, high = scores.values()
+    for weights in ("teacher", "student"):
+        assert high[weights][LOW_SCORES] == low[weights][LOW_SCORES] == low[weights]["AP"]
+    assert 0 < len(rows[0.118]) < len(rows[0.001])
+    assert [row for row in rows[0.001] if row["score"] > 0.118] == rows[0.118]
+    assert "AP with the detections that have a score from 0.001 on" in (tmp_path / "0.118" / "report.html").read_text()
+
+
+def test_what_is_found_with_little_score_counts_in_one_of_the_two(manifests):
+    dataset = load_coco(manifests / "validation.json")
+    truth = {image.id: dataset.targets(n) for n, image in enumerate(dataset.images)}
+    found = {i: Detections(boxes, np.full(len(labels), 0.01), labels) for i, (boxes, labels, *_) in truth.items()}
+    metrics, results, _ = score_both(dataset, found, Settings())
+    assert metrics["AP"] == 0
+    assert metrics[LOW_SCORES] == pytest.approx(1)
+    assert results == []
 
 
 def test_an_image_that_is_broken_is_left_out(trained, digits, tmp_path, capsys):

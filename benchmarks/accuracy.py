@@ -30,21 +30,31 @@ from softteacher.config import Settings, load_settings
 from softteacher.data.split import split
 
 ORACLE = "soft_teacher-oracle"  # no method, but the limit of one: see oracle.py
-# method of the library, and the preset that changes it
+# method of the library, and the presets and settings that change it
 METHODS = {
-    "supervised": ("supervised", None),
-    "supervised_full": ("supervised", None),
-    "mean_teacher": ("mean_teacher", None),
-    "stac": ("stac", None),
-    "soft_teacher": ("soft_teacher", None),
-    "soft_teacher-no_soft_weights": ("soft_teacher", "no-soft-weights"),
-    "soft_teacher-no_jitter": ("soft_teacher", "no-jitter"),
-    "soft_teacher-student_background": ("soft_teacher", "reliability-student-background"),
-    "soft_teacher-prediction_difference": ("soft_teacher", "reliability-prediction-difference"),
-    "soft_teacher-iou": ("soft_teacher", "reliability-iou"),
-    "soft_teacher-reverse_iou": ("soft_teacher", "reliability-reverse-iou"),
-    ORACLE: ("soft_teacher", None),
+    "supervised": ("supervised", []),
+    "supervised_full": ("supervised", []),
+    "mean_teacher": ("mean_teacher", []),
+    "stac": ("stac", []),
+    "soft_teacher": ("soft_teacher", []),
+    "soft_teacher-no_soft_weights": ("soft_teacher", ["no-soft-weights"]),
+    "soft_teacher-no_jitter": ("soft_teacher", ["no-jitter"]),
+    "soft_teacher-student_background": ("soft_teacher", ["reliability-student-background"]),
+    "soft_teacher-prediction_difference": ("soft_teacher", ["reliability-prediction-difference"]),
+    "soft_teacher-iou": ("soft_teacher", ["reliability-iou"]),
+    "soft_teacher-reverse_iou": ("soft_teacher", ["reliability-reverse-iou"]),
 }
+# what the preset `small` has of its own, each taken back alone, and all together
+SWITCHES = {
+    "soft_teacher-fixed_threshold": ["method.threshold=fixed"],
+    "soft_teacher-hard_positives": ["method.positives=hard"],
+    "soft_teacher-no_rpn_ignore": ["method.rpn_ignore=false"],
+    "soft_teacher-no_reg_confident": ["method.reg_confident=false"],
+}
+PAPER = [*(change for changes in SWITCHES.values() for change in changes), "method.pool_threshold=0.5"]
+PAPER += ["method.reg_variance_threshold=0.02", "method.unsup_weight=4"]
+OTHERS = {name: ("soft_teacher", changes) for name, changes in SWITCHES.items()}
+OTHERS |= {"soft_teacher-paper": ("soft_teacher", PAPER), ORACLE: ("soft_teacher", [])}
 DEFAULT = ["supervised", "supervised_full", "mean_teacher", "soft_teacher"]
 
 
@@ -54,7 +64,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder with images/ and annotations/instances_{train,val}.json, or s3://")
     parser.add_argument("--percent", type=float, default=10, help="share of labelled images")
     parser.add_argument("--folds", type=int, nargs="+", default=[3], help="how many; or which, if several are named")
-    parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=[*METHODS, "all"])
+    parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=[*METHODS, *OTHERS, "all"])
     parser.add_argument("--preset", default="small")
     parser.add_argument("--set", action="append", default=[], help="setting, key=value, for all methods; repeatable")
     parser.add_argument("--validation-fraction", type=float, help="where there is no val json")
@@ -68,7 +78,7 @@ def main() -> None:
     if not a.table:
         if not a.data:
             parser.error("--data is needed to train")
-        methods = [m for m in METHODS if m != ORACLE or m in a.methods] if "all" in a.methods else a.methods
+        methods = [*METHODS, *(m for m in a.methods if m in OTHERS)] if "all" in a.methods else a.methods
         # what others build on comes first: supervised training makes the burn-in of all, and the model STAC labels with
         order = {"supervised": 0, "supervised_full": 1}
         runs = sorted(((m, f) for m in methods for f in folds), key=lambda run: (order.get(run[0], 2), run[1]))
@@ -103,10 +113,11 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     """Train a method on a fold and write its JSON, unless that is there."""
     title = f"{a.name}-{a.percent:g}-{name}-{fold}"
     file = results / "accuracy" / f"{title}.json"
-    method, change = METHODS[name]
+    method, changes = (METHODS | OTHERS)[name]
     data, out = a.work / f"{a.name}-{a.percent:g}-{fold}", a.work / title
-    preset = f"{a.preset}+{change}" if change else a.preset
-    overrides = [f"method.name={method}", f"training.seed={fold}", *a.set]
+    preset = "+".join([a.preset, *(change for change in changes if "=" not in change)])
+    overrides = [f"method.name={method}", *(change for change in changes if "=" in change)]
+    overrides += [f"training.seed={fold}", *a.set]
     if a.jobs > 1:
         overrides.append(f"training.threads={max(1, (os.cpu_count() or 1) // a.jobs)}")
     if a.quick:
@@ -189,7 +200,7 @@ def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
         run = json.loads(file.read_text())
         runs.setdefault(run["method"], {})[run["fold"]] = run
     methods = {}
-    for method in [m for m in METHODS if m in runs]:
+    for method in [m for m in METHODS | OTHERS if m in runs]:
         aps = [run["ap"] for run in runs[method].values()]
         methods[method] = {
             "ap_mean": statistics.mean(aps),

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from softteacher.config import load_settings
+from softteacher.config import Settings, load_settings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -67,3 +67,11 @@ def test_what_decides(accuracy: ModuleType) -> None:
     machine = ["training.threads=1", "data.workers=0", "method.label_model=/a/model", "method.burn_in_cache=/b"]
     assert accuracy.what_decides(load_settings("small", ["method.name=stac", *machine])) == plain
     assert accuracy.what_decides(load_settings("small", ["method.name=stac", "training.lr=0.1"])) != plain
+
+
+def test_switches_take_back_what_the_preset_adds(accuracy: ModuleType) -> None:
+    small, paper = load_settings("small").method, load_settings("small", accuracy.PAPER).method
+    for changes in accuracy.SWITCHES.values():
+        assert load_settings("small", changes).method != small
+    kept = {key: getattr(small, key) for key in ("burn_in", "ema_momentum", "adaptive_share")}
+    assert paper == Settings().method.model_copy(update=kept)

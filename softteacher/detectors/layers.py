@@ -19,12 +19,18 @@ class FoldedConv(nn.Conv2d):
         geometry: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, False)
         super().__init__(conv.in_channels, conv.out_channels, *geometry)
         self.weight, self.norm = conv.weight, norm
+        self.strided_depthwise = conv.groups == conv.in_channels > 1 and max(conv.stride) > 1
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H', W']."""
         norm = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
+        weight, bias = self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        if self.strided_depthwise and x.is_cpu and x.requires_grad and torch.is_autocast_enabled("cpu"):
+            # oneDNN takes several times longer over the input gradient of these in bf16 than in fp32
+            with torch.autocast("cpu", enabled=False):
+                return self._conv_forward(x.float(), weight, bias).to(torch.get_autocast_dtype("cpu"))
+        return self._conv_forward(x, weight, bias)
 
 
 def fold_frozen_norms(network: nn.Module) -> None:

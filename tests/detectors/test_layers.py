@@ -51,3 +51,19 @@ def test_map_conv_is_the_convolution(monkeypatch, slow, leaf):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
     if leaf:
         torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_strided_depthwise_convolutions_train_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=6, bias=False), FrozenBatchNorm2d(6)
+    norm.weight.uniform_(0.5, 1.5)
+    x = torch.randn(2, 6, 9, 12).bfloat16().requires_grad_()
+    expected = norm(conv(x.float()))
+    gradients = torch.autograd.grad(expected.sin().sum(), (x, conv.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layers.FoldedConv(conv, norm)(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.bfloat16())  # a product in bf16 would be ten times farther off
+    own = torch.autograd.grad(found.float().sin().sum(), (x, conv.weight))
+    for a, b in zip(own, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)

@@ -37,3 +37,11 @@ def test_a_step(preset):
     assert still <= {f"fpn.layer_blocks.{n}.0.bias" for n in (2, 3)}  # so few RoIs and anchors may be of other levels
     follows = all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
     assert follows == settings.method.ema_ramp  # an exact copy after the first step
+
+
+@pytest.mark.parametrize("preset", ["demo", "small"])
+def test_the_guard_can_work_in_a_first_run(preset):
+    settings = load_settings(preset)
+    assert settings.method.guard
+    assert settings.burn_in_steps
+    assert 2 * settings.training.evaluate_every < settings.training.iterations - settings.burn_in_steps

@@ -21,6 +21,7 @@ TINY = (
     "detector.anchor_scale=4",
     "training.device=cpu",
     "training.iterations=6",
+    "training.evaluate_every=0",
     "training.labeled_per_batch=2",
     "training.log_every=2",
     "training.unlabeled_per_batch=2",

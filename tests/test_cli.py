@@ -84,7 +84,7 @@ def test_the_main_line(run, digits, trained, exported, tmp_path):
         "evaluate", "--model", tmp_path / "m", "--data", out / "validation.json", "--out", tmp_path / "e"
     )
     assert code == 0
-    assert set(json.loads(printed.splitlines()[-1])) == {"AP", "AP50", "AP75"}
+    assert set(json.loads(printed.splitlines()[-1])) == {"AP", "AP50", "AP75", "AP_low_scores"}
     code, printed, _ = run(
         "analyze", "--model", tmp_path / "m", "--data", out / "validation.json", "--out", tmp_path / "a"
     )

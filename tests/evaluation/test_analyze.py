@@ -13,6 +13,7 @@ from softteacher.detectors.build import build
 from softteacher.errors import UserError
 from softteacher.evaluation.analyze import analyze, match, rank_correlation, summarize
 from softteacher.evaluation.evaluate import evaluate, load_detector
+from softteacher.evaluation.metrics import LOW_SCORES
 from softteacher.evaluation.observe import Observed, Observer
 from softteacher.methods.soft_teacher import SoftTeacher
 from softteacher.model_folder import ModelFolder
@@ -233,7 +234,8 @@ def test_a_real_run(trained, manifests, tmp_path, weights):
         assert np.asarray(Image.open(out / name)).std() > 0
     metrics = json.loads((out / "metrics.json").read_text())
     expected = evaluate(str(trained), data, str(tmp_path / "evaluated"))
-    assert {name: metrics[name] for name in ("teacher", "student")} == {k: expected[k] for k in ("teacher", "student")}
+    for name in ("teacher", "student"):
+        assert metrics[name] == {key: value for key, value in expected[name].items() if key != LOW_SCORES}
     assert metrics["weights"] == weights
     page = (out / "report.html").read_text()
     assert facts["advice"] in page

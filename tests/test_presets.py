@@ -44,4 +44,4 @@ def test_the_guard_can_work_in_a_first_run(preset):
     settings = load_settings(preset)
     assert settings.method.guard
     assert settings.burn_in_steps
-    assert 2 * settings.training.evaluate_every < settings.training.iterations - settings.burn_in_steps
+    assert 0 < 2 * settings.training.evaluate_every < settings.training.iterations - settings.burn_in_steps

@@ -26,13 +26,11 @@ from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
 from softteacher.evaluation.confusion import confusion
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
-from softteacher.evaluation.metrics import LOW_SCORES, coco_metrics, coco_results
+from softteacher.evaluation.metrics import LOW_SCORE, LOW_SCORES, coco_metrics, coco_results
 from softteacher.evaluation.partial import load_found, save_found
 from softteacher.evaluation.report import Section, write_report
 from softteacher.evaluation.shard import Shard
 from softteacher.model_folder import WEIGHTS, ModelFolder
-
-LOW_SCORE = 0.001  # the other threshold that papers report AP at
 
 
 def evaluate(

@@ -16,7 +16,8 @@ from softteacher.detections import Detections, paste_masks
 
 Kind = Literal["bbox", "segm"]
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-LOW_SCORES = "AP_low_scores"  # AP of detections that are mostly wrong, too, see `evaluate`
+LOW_SCORE = 0.001  # the other threshold that papers report AP at
+LOW_SCORES = "AP_low_scores"  # AP of the detections above it, which `evaluate` gives beside the twelve
 
 
 @without_gc()

@@ -12,7 +12,7 @@ from faster_coco_eval.core import mask as coco_mask
 from softteacher.data.coco import CocoDataset
 from softteacher.detections import Detections
 from softteacher.evaluation.examples import SHOWN_SCORE, example, image_f1
-from softteacher.evaluation.metrics import KEYS, LOW_SCORES
+from softteacher.evaluation.metrics import KEYS, LOW_SCORE, LOW_SCORES
 from softteacher.evaluation.page import inline, render
 from softteacher.evaluation.plots import recall_curve
 
@@ -30,7 +30,7 @@ MEANINGS = {
     "ARs": "the same, small objects",
     "ARm": "medium objects",
     "ARl": "large objects",
-    LOW_SCORES: "AP with the detections that have a score from 0.001 on",
+    LOW_SCORES: f"AP with the detections that have a score from {LOW_SCORE} on",
 }
 
 Section = tuple[str, str, bytes]  # title, text, PNG

@@ -9,7 +9,7 @@ import numpy as np
 
 from softteacher.console import track
 from softteacher.data.coco import CocoDataset
-from softteacher.evaluation.metrics import Kind, evaluator
+from softteacher.evaluation.metrics import Kind, evaluator, only_ap
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -50,9 +50,7 @@ class ImageScores:
 
     def __init__(self, dataset: CocoDataset, results: list[dict[str, Any]], kind: Kind = "bbox") -> None:
         self._evaluator = evaluator(dataset, results, kind, separate=True)
-        parameters = self._evaluator.params
-        parameters.areaRng, parameters.areaRngLbl = parameters.areaRng[:1], parameters.areaRngLbl[:1]  # all sizes
-        parameters.maxDets = parameters.maxDets[-1:]
+        only_ap(self._evaluator)
         self._evaluator.evaluate()
         matches = np.empty(len(self._evaluator._evalImgs_cpp), object)
         matches[:] = self._evaluator._evalImgs_cpp

@@ -26,7 +26,7 @@ from softteacher.device import find_device, find_precision
 from softteacher.errors import UserError
 from softteacher.evaluation.confusion import confusion
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
-from softteacher.evaluation.metrics import LOW_SCORE, LOW_SCORES, coco_metrics, coco_results
+from softteacher.evaluation.metrics import LOW_SCORE, LOW_SCORES, average_precision, coco_results
 from softteacher.evaluation.partial import load_found, save_found
 from softteacher.evaluation.report import Section, write_report
 from softteacher.evaluation.shard import Shard
@@ -140,7 +140,7 @@ def score_both(dataset: CocoDataset, found: dict[int, Detections], settings: Set
     above = {image: d[d.scores > settings.detector.score_threshold] for image, d in found.items()}
     metrics, results, readable = score_found(dataset, above, settings)
     if not settings.detector.masks:
-        metrics[LOW_SCORES] = coco_metrics(readable, coco_results(readable, found))["AP"]
+        metrics[LOW_SCORES] = average_precision(readable, coco_results(readable, found))
     return metrics, results, readable
 
 

@@ -64,6 +64,28 @@ def coco_metrics(dataset: CocoDataset, results: list[dict[str, Any]], masks: boo
     return metrics
 
 
+@without_gc()
+def average_precision(dataset: CocoDataset, results: list[dict[str, Any]]) -> float:
+    """`AP` of the boxes as `coco_metrics` has it, without the counting for the other numbers.
+
+    Args:
+        dataset: ground truth.
+        results: COCO results format.
+    """
+    ev = evaluator(dataset, results, "bbox")
+    only_ap(ev)
+    ev.evaluate()
+    ev.accumulate()
+    precision = ev.eval["precision"]
+    return float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
+
+
+def only_ap(ev: COCOeval_faster) -> None:
+    """Make an evaluator that has not run yet count objects of all sizes and 100 detections only, as AP does."""
+    ev.params.areaRng, ev.params.areaRngLbl = ev.params.areaRng[:1], ev.params.areaRngLbl[:1]
+    ev.params.maxDets = ev.params.maxDets[-1:]
+
+
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """The plain numbers of a score, without the table of classes, the curve and the masks' own score."""
     return {key: value for key, value in metrics.items() if isinstance(value, int | float)}

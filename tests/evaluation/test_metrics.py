@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from softteacher.data.coco import load_coco
 from softteacher.detections import Detections
-from softteacher.evaluation.metrics import KEYS, coco_metrics, coco_results
+from softteacher.evaluation.metrics import KEYS, average_precision, coco_metrics, coco_results
 from tests.helpers import SHARED
 from tests.samples import coco_tree, write_json
 
@@ -57,6 +57,7 @@ def invented(dataset, seed):
 def assert_equal_to_the_judge(dataset, path, results):
     ours, theirs = coco_metrics(dataset, results), original(path, results)
     assert {key: ours[key] for key in KEYS} == pytest.approx(dict(zip(KEYS, theirs.stats, strict=True)), abs=1e-9)
+    assert average_precision(dataset, results) == pytest.approx(theirs.stats[0], abs=1e-9)
     precision = theirs.eval["precision"][:, :, :, 0, -1]
     for n, name in enumerate(dataset.classes):
         values = precision[:, :, n]
@@ -160,10 +161,10 @@ def test_no_detections(tmp_path):
     _, path = truth(tmp_path)
     dataset = load_coco(path)
     metrics = coco_metrics(dataset, [])
-    assert metrics["AP"] == metrics["AR100"] == 0
+    assert metrics["AP"] == metrics["AR100"] == average_precision(dataset, []) == 0
     assert metrics["per_class"]["cat"] == 0
     nothing = coco_metrics(dataset.select([]), [])  # every image broken
-    assert nothing["AP"] == nothing["curve"]["0.5"][0] == -1
+    assert nothing["AP"] == nothing["curve"]["0.5"][0] == average_precision(dataset.select([]), []) == -1
     assert set(nothing["per_class"].values()) == {None}
 
 

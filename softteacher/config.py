@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -171,9 +170,6 @@ class MethodSettings(_Group):
     jitter_times: int = Field(10, ge=2, le=100, description="jittered copies of a pseudo box")
     jitter_scale: float = Field(0.06, gt=0, description="size of the jitter, share of width and height")
     jitter_law: Literal["normal", "uniform"] = Field("normal", description="uniform: Eq. 6 of the paper")
-    refine_boxes: bool = Field(
-        False, description="a pseudo box lies where its jittered copies are refined to on average; needs box_jitter"
-    )
     variance_normalization: Literal["own_side", "mean_side"] = Field(
         "own_side", description="each coordinate over its own side, or all over half of width + height (Eq. 7)"
     )
@@ -350,11 +346,8 @@ def _override(tree: dict[str, dict[str, Any]], overrides: Iterable[str]) -> None
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):  # a date like 2001-13-45 is a ValueError
             raise UserError(f"--set {override}: the value can't be read; quote it as YAML") from None
-        if isinstance(value, str) and value.lower() == "none":
-            value = None
-        elif isinstance(value, str):
-            with suppress(ValueError):  # YAML 1.1 reads 1e-4 as a string; a number is meant
-                value = float(value)
+        if isinstance(value, str):
+            value = None if value.lower() == "none" else _as_number(value)
         group, name = key.split(".")
         tree.setdefault(group, {})[name] = value
 
@@ -391,6 +384,14 @@ def _validated(tree: dict[str, Any], where: str) -> Settings:
             )
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {key} = {reprlib.repr(first['input'])}: {message}{hint}") from None
+
+
+def _as_number(text: str) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; a number is meant."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _nearest(word: str, known: list[str]) -> str:

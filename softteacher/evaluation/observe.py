@@ -43,7 +43,7 @@ class Observer(nn.Module):
         # mixup is of training only, and refused where masks are
         method = settings.method.model_copy(update={"name": "soft_teacher", "mixup": 0.0})
         settings, unknown = settings.model_copy(update={"method": method}), dict.fromkeys(classes, 0.0)
-        # which of the methods has the right `refine` depends on the kind of detector
+        # which of the methods has the right `box_variance` depends on the kind of detector
         self.method: Any = build_method(settings, detector, detector, unknown)
 
     def forward(self, images: Tensor, sizes: Tensor) -> list[Observed]:
@@ -51,10 +51,10 @@ class Observer(nn.Module):
         features = self.detector.features(images)
         found = self.detector.detections(features, sizes)
         noise = [torch.Generator(images.device).manual_seed(self.seed) for _ in found]
-        refined = self.method.refine(features, found, sizes, noise)
+        variances = self.method.box_variance(features, found, sizes, noise)
         share = sizes / torch.tensor(images.shape[2:], device=sizes.device)  # the rest of a map is padding
         out = []
-        for d, (variance, _), finest, part in zip(found, refined, features[0].float(), share.tolist(), strict=True):
+        for d, variance, finest, part in zip(found, variances, features[0].float(), share.tolist(), strict=True):
             height, width = (max(1, round(p * side)) for p, side in zip(part, finest.shape[1:], strict=True))
             feature = finest[:, :height, :width].mean((1, 2)).cpu().numpy()
             out.append(Observed(**vars(d.numpy()), variance=variance.float().cpu().numpy(), feature=feature))

@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
-
-
-class Refined(NamedTuple):
-    """What box jittering tells of N boxes: `variance` [N], see `regression_variance`, and `boxes` [N, 4] xyxy, the mean
-    of the refined copies, which fits better than a box that was refined once, from its proposal."""
-
-    variance: Tensor
-    boxes: Tensor
 
 
 def jitter(boxes: Tensor, noise: Tensor, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ from softteacher.detections import Detections
 from softteacher.detectors.boxes import clip
 from softteacher.detectors.fcos import FCOS, STRIDES, Dense, box_losses, dense_targets, focal_loss, inside
 from softteacher.methods.base import Unlabeled
-from softteacher.methods.jitter import Refined, regression_variance
+from softteacher.methods.jitter import regression_variance
 from softteacher.methods.mixing import other_half
 from softteacher.methods.soft_teacher import SoftTeacher
 
@@ -33,17 +33,17 @@ class OneStageSoftTeacher(SoftTeacher):
     teacher: FCOS  # type: ignore[assignment]
 
     @torch.no_grad()
-    def refine(
+    def box_variance(
         self, features: list[Tensor], found: list[Detections], sizes: Tensor, noise: list[torch.Generator]
-    ) -> list[Refined]:
+    ) -> list[Tensor]:
         """See `SoftTeacher`: how far the teacher's boxes at the locations that fit a pseudo box best spread."""
         dense = self.teacher.predict(features)
         boxes, real = clip(dense.boxes, sizes), inside(dense.locations, sizes)
         times, out = min(self.settings.jitter_times, boxes.shape[1]), []
         paper = self.settings.variance_normalization == "mean_side"
         for d, box, used in zip(found, boxes, real, strict=True):
-            best = box[(box_iou(d.boxes, box) * used).topk(times, dim=1).indices.T]
-            out.append(Refined(regression_variance(best, d.boxes if paper else None), best.mean(0)))
+            best = (box_iou(d.boxes, box) * used).topk(times, dim=1).indices
+            out.append(regression_variance(box[best.T], d.boxes if paper else None))
         return out
 
     def unsupervised_losses(

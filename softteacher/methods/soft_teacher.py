@@ -6,7 +6,7 @@ the differences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from softteacher.detectors.losses import (
     sample_rois,
 )
 from softteacher.methods.base import TeacherMethod, Unlabeled, to_strong_view
-from softteacher.methods.jitter import Refined, jitter, regression_variance
+from softteacher.methods.jitter import jitter, regression_variance
 from softteacher.methods.mixing import mix_boxes, mix_views, other_half
 
 
@@ -38,7 +38,7 @@ class PseudoBoxes:
     Attributes:
         detections: the teacher's boxes with a score above `pool_threshold`.
         variance: [N] box regression variance (paper, Eq. 6-8); none where box jittering is switched off.
-        found: the same boxes in the weak view.
+        found: the same boxes where the teacher found them, in the weak view.
     """
 
     detections: Detections
@@ -151,10 +151,7 @@ class SoftTeacher(TeacherMethod):
         """The teacher's detections and their variance, carried from the weak to the strong views."""
         variances: list[Tensor] | list[None] = [None] * len(found)
         if self.settings.box_jitter:
-            refined = self.refine(part.features, found, part.weak.sizes, part.noise)
-            variances = [r.variance for r in refined]
-            if self.settings.refine_boxes:
-                found = [replace(d, boxes=r.boxes) for d, r in zip(found, refined, strict=True)]
+            variances = self.box_variance(part.features, found, part.weak.sizes, part.noise)
         pool = []
         for d, variance, matrix, size in zip(found, variances, part.to_strong, part.strong.sizes, strict=True):
             moved, keep = to_strong_view(d, matrix, size)
@@ -162,10 +159,10 @@ class SoftTeacher(TeacherMethod):
         return pool
 
     @torch.no_grad()
-    def refine(
+    def box_variance(
         self, features: list[Tensor], found: list[Detections], sizes: Tensor, noise: list[torch.Generator]
-    ) -> list[Refined]:
-        """Box jittering (section 3.3): where the teacher refines jittered copies of boxes to, and how far they spread.
+    ) -> list[Tensor]:
+        """Box jittering (section 3.3): how far the teacher's refinement of jittered copies spreads, for each box.
 
         Args:
             features: the teacher's pyramid.
@@ -174,7 +171,7 @@ class SoftTeacher(TeacherMethod):
             noise: of each image.
 
         Returns:
-            Of each of the B views.
+            B x [n], see `regression_variance`.
         """
         s, counts = self.settings, [len(d) for d in found]
         draw = torch.randn if s.jitter_law == "normal" else torch.rand
@@ -188,8 +185,7 @@ class SoftTeacher(TeacherMethod):
         for d, copy, delta, size in zip(found, copies, parts, sizes, strict=True):
             own_class = delta.unflatten(0, (s.jitter_times, len(d)))[:, torch.arange(len(d)), d.labels]
             refined = clip(decode(own_class, copy, HEAD_STD)[None], size[None])[0]
-            variance = regression_variance(refined, d.boxes if s.variance_normalization == "mean_side" else None)
-            out.append(Refined(variance, refined.mean(0)))
+            out.append(regression_variance(refined, d.boxes if s.variance_normalization == "mean_side" else None))
         return out
 
     @torch.no_grad()

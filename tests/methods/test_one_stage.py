@@ -13,7 +13,6 @@ from softteacher.detectors.build import build
 from softteacher.detectors.fcos import Dense, box_losses, dense_targets, focal_loss, grid
 from softteacher.methods import build_method
 from softteacher.methods.base import Unlabeled
-from softteacher.methods.jitter import Refined
 from softteacher.methods.mean_teacher import MeanTeacher
 from softteacher.methods.one_stage import OneStageSoftTeacher, look_up
 from softteacher.methods.supervised import Supervised
@@ -99,7 +98,7 @@ def test_terms_have_pseudo_boxes_and_weights_of_their_own(monkeypatch):
     chosen = method("method.cls_threshold=0.8", "method.reg_variance_threshold=0.1", "method.unsup_weight=1")
     believe(chosen, monkeypatch, [0.95, 0.85, 0.7, 0.6])
     values = torch.tensor([0.5, 0.01, 0.02, 0.5])
-    monkeypatch.setattr(chosen, "refine", lambda features, found, sizes, noise: [Refined(values, BOXES)] * 2)
+    monkeypatch.setattr(chosen, "box_variance", lambda features, found, sizes, noise: [values] * 2)
     views = batch()
     losses, facts = chosen.losses(views, 0)
     with torch.no_grad():
@@ -201,17 +200,16 @@ def test_variance_grows_with_the_spread(monkeypatch):
         boxes = torch.tensor([[0.0, 0, 5, 5]]).repeat(len(LOCATIONS), 1)  # elsewhere
         boxes[[20, 21, 28, 29]] = box + scale * spread
         monkeypatch.setattr(chosen.teacher, "predict", lambda features, boxes=boxes: answers(boxes))
-        values.append(chosen.refine([], found, sizes, [])[0].variance.item())
+        values.append(chosen.box_variance([], found, sizes, [])[0].item())
     assert values[0] == pytest.approx(0, abs=1e-6)
     deviation = (20 / 3) ** 0.5
     assert values[2] == pytest.approx((deviation / 40 + deviation / 30) / 2, rel=1e-4)
     assert values[1] == pytest.approx(values[2] / 2, rel=1e-4)
-    torch.testing.assert_close(chosen.refine([], found, sizes, [])[0].boxes, box)  # the mean of the four
     paper = method("method.jitter_times=4", "method.variance_normalization=mean_side")
     monkeypatch.setattr(paper.teacher, "predict", chosen.teacher.predict)
-    assert paper.refine([], found, sizes, [])[0].variance.item() == pytest.approx(deviation / 35, rel=1e-4)
+    assert paper.box_variance([], found, sizes, [])[0].item() == pytest.approx(deviation / 35, rel=1e-4)
     none = [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())]
-    assert chosen.refine([], none, sizes, [])[0].variance.shape == (0,)
+    assert chosen.box_variance([], none, sizes, [])[0].shape == (0,)
 
 
 def test_variance_ignores_the_padding(monkeypatch):
@@ -220,8 +218,8 @@ def test_variance_ignores_the_padding(monkeypatch):
     boxes[0], boxes[1], boxes[7] = torch.tensor([[10.0, 10, 30, 40], [10, 10, 30, 30], [10, 10, 30, 40]])
     monkeypatch.setattr(chosen.teacher, "predict", lambda features: answers(boxes))
     found = [Detections(boxes[:1], torch.tensor([0.9]), torch.tensor([1]))]
-    whole = chosen.refine([], found, torch.tensor([[64, 64]]), [])[0].variance
-    padded = chosen.refine([], found, torch.tensor([[64, 48]]), [])[0].variance
+    whole = chosen.box_variance([], found, torch.tensor([[64, 64]]), [])[0]
+    padded = chosen.box_variance([], found, torch.tensor([[64, 48]]), [])[0]
     assert whole.item() == pytest.approx(0, abs=1e-6)  # places 0 and 7 agree
     assert padded.item() > 0.05  # place 7 lies in the padding
 

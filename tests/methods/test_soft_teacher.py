@@ -1,7 +1,6 @@
 """One step of Soft Teacher: what is a pseudo box, where it lands, who learns. Numbers: see test_numerics."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from softteacher.data.images import PAD
 from softteacher.data.loader import Batch, Views, pad
 from softteacher.data.views import project_boxes, strong_view, weak_view
 from softteacher.detections import Detections
-from softteacher.detectors.boxes import HEAD_STD, encode
 from softteacher.detectors.build import build
 from softteacher.detectors.losses import RoIs, classification_loss
 from softteacher.methods import build_method
@@ -342,30 +340,6 @@ def test_the_student_learns_and_the_teacher_never(monkeypatch, name):
         assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
 
-def test_a_refined_pseudo_box_lies_where_the_refinement_leads(monkeypatch):
-    """`method.refine_boxes`: where the teacher refines the jittered copies to, in both views."""
-    box, better = torch.tensor([[10.0, 10, 50, 40]]), torch.tensor([[12.0, 8, 54, 40]])
-    size, found = torch.tensor([[64, 64]]), Detections(box, torch.tensor([0.9]), torch.tensor([1]))
-    shift = torch.tensor([[1.0, 0, 3], [0, 1, 5], [0, 0, 1]]).double()[None]
-    views = noise_views(1)
-    boxes = {}
-    for overrides in ((), ("refine_boxes=true",), ("refine_boxes=true", "box_jitter=false")):
-        chosen = method(*(f"method.{o}" for o in overrides))
-
-        def head(_, copies):
-            return None, encode(better.expand_as(copies[0]), copies[0], HEAD_STD)[:, None].expand(-1, CLASSES, -1)
-
-        monkeypatch.setattr(chosen.teacher, "box_head", head)
-        part = Unlabeled(replace(views, sizes=size), replace(views, sizes=size + 32), shift, [], views.noise())
-        [pool] = chosen.pseudo_boxes([found], part)
-        boxes[overrides] = pool.found.boxes
-        torch.testing.assert_close(pool.detections.boxes, pool.found.boxes + torch.tensor([3.0, 5, 3, 5]))
-        assert pool.found.scores.tolist() == found.scores.tolist()
-    expected = [box, better, box]
-    for one, other in zip(boxes.values(), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-
-
 def test_variance_is_small_where_the_refinement_does_not_care(monkeypatch):
     """Refinement that always answers the same box has no variance; none at all has about that of the jitter."""
     soft_teacher = method()
@@ -374,14 +348,16 @@ def test_variance_is_small_where_the_refinement_does_not_care(monkeypatch):
     features, sizes = soft_teacher.teacher.features(noise_views(1).images), torch.tensor([[64, 64]])
 
     def head(_, copies, exact):
+        from softteacher.detectors.boxes import HEAD_STD, encode
+
         deltas = encode(box.expand_as(copies[0]), copies[0], HEAD_STD) if exact else torch.zeros_like(copies[0])
         return None, deltas[:, None].expand(-1, CLASSES, -1)
 
     monkeypatch.setattr(soft_teacher.teacher, "box_head", lambda f, c: head(f, c, True))
     noise = [torch.Generator()]
-    assert soft_teacher.refine(features, found, sizes, noise)[0].variance.item() == pytest.approx(0, abs=1e-5)
+    assert soft_teacher.box_variance(features, found, sizes, noise)[0].item() == pytest.approx(0, abs=1e-5)
     monkeypatch.setattr(soft_teacher.teacher, "box_head", lambda f, c: head(f, c, False))
-    values = [soft_teacher.refine(features, found, sizes, noise)[0].variance.item() for _ in range(50)]
+    values = [soft_teacher.box_variance(features, found, sizes, noise)[0].item() for _ in range(50)]
     assert np.mean(values) == pytest.approx(0.06, rel=0.2)  # method.jitter_scale
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,6 +29,7 @@ else:
 # what a trained model can be evaluated and exported with, other than it was trained
 AFTER_TRAINING = (
     *("detector.score_threshold", "detector.nms_threshold", "detector.max_detections"),
+    "detector.refine_boxes",
     *("training.device", "training.precision", "training.evaluate_batch", "data.workers"),
 )
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -127,6 +129,9 @@ class DetectorSettings(_Group):
     sampling_ratio: int = Field(0, ge=0, le=8, description="RoIAlign points per bin and axis; 0: adaptive")
     score_threshold: Share = Field(0.05, description="detections under this score are dropped")
     nms_threshold: Share = Field(0.5, description="IoU of the class-wise NMS")
+    refine_boxes: bool = Field(
+        False, description="the box head goes over its detections once more: they fit better, and cost more. Not FCOS"
+    )
     max_detections: int = Field(100, ge=1, le=1000, description="detections per image")
 
     @property
@@ -346,8 +351,11 @@ def _override(tree: dict[str, dict[str, Any]], overrides: Iterable[str]) -> None
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):  # a date like 2001-13-45 is a ValueError
             raise UserError(f"--set {override}: the value can't be read; quote it as YAML") from None
-        if isinstance(value, str):
-            value = None if value.lower() == "none" else _as_number(value)
+        if isinstance(value, str) and value.lower() == "none":
+            value = None
+        elif isinstance(value, str):
+            with suppress(ValueError):  # YAML 1.1 reads 1e-4 as a string; a number is meant
+                value = float(value)
         group, name = key.split(".")
         tree.setdefault(group, {})[name] = value
 
@@ -384,14 +392,6 @@ def _validated(tree: dict[str, Any], where: str) -> Settings:
             )
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {key} = {reprlib.repr(first['input'])}: {message}{hint}") from None
-
-
-def _as_number(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; a number is meant."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _nearest(word: str, known: list[str]) -> str:

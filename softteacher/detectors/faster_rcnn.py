@@ -192,7 +192,13 @@ class FasterRCNN(Detector):
         boxes = clip(decode(chosen, proposals.gather(1, roi[..., None].expand(-1, -1, 4)), HEAD_STD), sizes)
         kept = best * nms_mask(boxes, best, labels, self.settings.nms_threshold)
         best, order = kept.topk(min(self.settings.max_detections, kept.shape[1]), dim=1)
-        return boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, labels.gather(1, order)
+        boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)
+        if self.settings.refine_boxes:  # iterative bounding box regression, scores and NMS as they were
+            _, deltas = self.box_head(features, boxes)
+            deltas = deltas.reshape(*boxes.shape[:2], self.classes, 4)
+            own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+            boxes = clip(decode(own, boxes, HEAD_STD), sizes)
+        return boxes, best, labels
 
     def losses(self, views: Views) -> dict[str, Tensor]:
         """The four losses of Faster R-CNN on labelled views, each of weight 1."""

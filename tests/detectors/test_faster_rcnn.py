@@ -5,6 +5,7 @@ import torch
 from torchvision.ops import box_iou
 
 from softteacher.config import load_settings
+from softteacher.detectors.boxes import HEAD_STD, clip, decode
 from softteacher.detectors.build import build
 from tests.samples import TINY
 
@@ -63,6 +64,24 @@ def test_detections(detector, images):
     found = detector(images, SIZES)
     assert [len(d) for d in found] == (scores > 0).sum(1).tolist()
     assert sum(len(d) for d in found) > 0
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("training", [False, True])
+def test_refined_boxes_are_where_the_box_head_moves_them(detector, images, training, monkeypatch):
+    """Of each detection its own class's deltas count, at its own place; what it is, and how sure, stays."""
+    features = detector.features(images)
+    boxes, scores, labels = detector.detect(features, SIZES, training)
+    monkeypatch.setattr(detector, "settings", SETTINGS.model_copy(update={"refine_boxes": True}))
+    refined, *same = detector.detect(features, SIZES, training)
+    assert all(torch.equal(a, b) for a, b in zip(same, (scores, labels), strict=True))
+    for n, size in enumerate(SIZES):
+        _, deltas = detector.box_head([f[n : n + 1] for f in features], [boxes[n]])
+        own = deltas[torch.arange(20), labels[n]]
+        expected = clip(decode(own, boxes[n], HEAD_STD)[None], size[None])[0]
+        used = scores[n] > 0
+        torch.testing.assert_close(refined[n][used], expected[used], rtol=1e-4, atol=1e-3)
+        assert (expected[used] - boxes[n][used]).abs().amax(1).median() > 0.1
 
 
 @torch.inference_mode()

@@ -258,6 +258,22 @@ def test_what_is_exported_is_what_was_scored(exported, trained, manifests, tmp_p
     assert parity["ap"]["pytorch"] == pytest.approx(metrics["AP"], abs=1e-4)
 
 
+def test_refined_boxes_are_exported(both, trained, tmp_path):
+    """A switch for a model that is trained already: the graph goes over the boxes, as PyTorch does."""
+    plain, _, canvases = both
+    refine = ["detector.refine_boxes=true", "export.engines=[]"]
+    export(str(trained), str(tmp_path / "onnx"), overrides=refine)
+    detector = OnnxDetector(tmp_path / "onnx" / "model.onnx")
+    served = ServedDetector(ModelFolder(trained, overrides=refine).detector("teacher"), detector.image_size).eval()
+    ours, theirs, before = served.run(canvases[:3]), detector.run(canvases[:3]), plain.run(canvases[:3])
+    np.testing.assert_allclose(theirs["detection_scores"], before["detection_scores"], atol=1e-6)
+    for n in range(3):
+        a, b, c = (to_detections(x, n, (1, 1), (64, 64)) for x in (ours, theirs, before))
+        iou = pairwise_iou(a, b) * (a.labels[:, None] == b.labels[None])
+        assert (iou.max(1) > 0.99).all()
+        assert np.median(np.abs(b.boxes - c.boxes).max(1)) > 1e-3  # of the image's size
+
+
 def test_smoke_samples(exported, both):
     smoke = np.load(exported / "smoke.npz", allow_pickle=False)
     assert set(smoke.files) == {"images", *OUTPUTS}

@@ -130,7 +130,7 @@ class DetectorSettings(_Group):
     score_threshold: Share = Field(0.05, description="detections under this score are dropped")
     nms_threshold: Share = Field(0.5, description="IoU of the class-wise NMS")
     refine_boxes: bool = Field(
-        False, description="the box head goes over its detections once more: they fit better, and cost more. Not FCOS"
+        False, description="at test the box head goes over its detections once more: they fit better. Not FCOS"
     )
     max_detections: int = Field(100, ge=1, le=1000, description="detections per image")
 

@@ -193,7 +193,8 @@ class FasterRCNN(Detector):
         kept = best * nms_mask(boxes, best, labels, self.settings.nms_threshold)
         best, order = kept.topk(min(self.settings.max_detections, kept.shape[1]), dim=1)
         boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)
-        if self.settings.refine_boxes:  # iterative bounding box regression, scores and NMS as they were
+        if self.settings.refine_boxes and not training:
+            # iterative bounding box regression, scores and NMS as they were; the teacher's would drift
             _, deltas = self.box_head(features, boxes)
             deltas = deltas.reshape(*boxes.shape[:2], self.classes, 4)
             own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]

@@ -196,8 +196,7 @@ class FasterRCNN(Detector):
         if self.settings.refine_boxes and not training:
             # iterative bounding box regression, scores and NMS as they were; the teacher's would drift
             _, deltas = self.box_head(features, boxes)
-            deltas = deltas.reshape(*boxes.shape[:2], self.classes, 4)
-            own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+            own = deltas.gather(1, labels.reshape(-1, 1, 1).expand(-1, -1, 4)).reshape(boxes.shape)
             boxes = clip(decode(own, boxes, HEAD_STD), sizes)
         return boxes, best, labels
 

@@ -32,7 +32,7 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
     """The type that the networks compute in; `auto`: bfloat16 where the hardware multiplies bf16 matrices."""
     if name == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32

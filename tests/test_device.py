@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from softteacher.device import find_precision
 
 FAULTS = """
 import resource, torch
@@ -25,3 +28,10 @@ def test_kept_memory_is_not_faulted_in_again():
         for keep in (False, True)
     )
     assert kept < freed / 10
+
+
+@pytest.mark.parametrize("ampere", [True, False])
+def test_bf16_on_gpus_that_multiply_it(monkeypatch, ampere):
+    """Older ones emulate it, slower than fp32, and by default PyTorch calls that supported."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or ampere)
+    assert find_precision("auto", torch.device("cuda")) == (torch.bfloat16 if ampere else torch.float32)

@@ -68,17 +68,25 @@ class Views:
 
 @dataclass
 class Batch:
-    """The images of one training step. `broken` names images that could not be read and were replaced by others."""
+    """The images of one training step, or a part of them.
 
-    labeled: Views
+    `broken` names images that could not be read and were replaced by others.
+    """
+
+    labeled: Views | None
     weak: Views | None = None
     strong: Views | None = None
     broken: dict[str, list[str]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        weak, strong = (v and v.to(device) for v in (self.weak, self.strong))
-        return replace(self, labeled=self.labeled.to(device), weak=weak, strong=strong)
+        labeled, weak, strong = (v and v.to(device) for v in (self.labeled, self.weak, self.strong))
+        return replace(self, labeled=labeled, weak=weak, strong=strong)
+
+    def parts(self) -> list[Batch]:
+        """The unlabelled images, where there are any, and the labelled ones, each a batch by itself."""
+        labeled = replace(self, weak=None, strong=None)
+        return [replace(self, labeled=None), labeled] if self.strong else [labeled]
 
 
 def batches(

@@ -197,19 +197,20 @@ def _columns(rows: list[dict[str, Any]], image_ids: list[int], category_ids: lis
     if not all(type(b) is list and len(b) == 4 for b in boxes):
         return None
     bbox = _numbers(list(itertools.chain.from_iterable(boxes)))
-    area = _numbers([r.get("area", 0) for r in rows])
-    crowd = [r.get("iscrowd", 0) for r in rows]
+    area, crowd = ([0 if (v := r.get(key)) is None else v for r in rows] for key in ("area", "iscrowd"))
+    areas = _numbers(area)
     try:
         odd = not set(crowd) <= {0, 1}
     except TypeError:
         return None
-    if ids is None or image_index is None or labels is None or bbox is None or area is None or odd:
+    if ids is None or image_index is None or labels is None or bbox is None or areas is None or odd:
         return None
     bbox = bbox.reshape(-1, 4)
-    absent = np.fromiter(("area" not in r for r in rows), bool, len(rows))
-    area[absent] = bbox[absent, 2] * bbox[absent, 3]
+    # COCO's evaluation would count no box of a negative area, which some tools write where they don't know it
+    absent = np.fromiter((r.get("area") is None for r in rows), bool, len(rows)) | (areas < 0)
+    areas[absent] = bbox[absent, 2] * bbox[absent, 3]
     segmentations = [r.get("segmentation", []) for r in rows] if any(r.get("segmentation") for r in rows) else None
-    return Annotations(image_index, bbox, labels, area, np.array(crowd, bool), ids, segmentations)
+    return Annotations(image_index, bbox, labels, areas, np.array(crowd, bool), ids, segmentations)
 
 
 def _integers(values: list[Any]) -> np.ndarray | None:
@@ -247,9 +248,9 @@ def _annotation_complaint(row: dict[str, Any], image_ids: set[int], category_ids
             return f"{key} {row[key]} is no {what} of this file; add the {what} or drop the annotation"
     if not _is_int(row.get("id")):
         return f"'id' is {show(row.get('id'))}; it must be an integer"
-    if row.get("iscrowd", 0) not in (0, 1):
+    if row.get("iscrowd") not in (None, 0, 1):
         return f"iscrowd is {show(row['iscrowd'])}; it must be 0 or 1"
-    if not _is_number(row.get("area", 0)):
+    if row.get("area") is not None and not _is_number(row["area"]):
         return f"area is {show(row['area'])}; it must be a number"
     box = row.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):

@@ -77,6 +77,9 @@ def split(
         validation = load_coco(val_json)
         sources[val_json] = hashlib.sha256(storage.read_bytes(val_json)).hexdigest()
         require_same_classes(train, validation)
+        train = without(train, validation)
+        if not len(train):
+            raise UserError(f"{train_json}: all its images are in {val_json}, too; give others, or one json as --data")
     else:
         raise UserError(f"{train_json}: there is no val json beside it; pass --validation-fraction 0.2")
 

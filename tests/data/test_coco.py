@@ -108,8 +108,8 @@ def test_no_coco_json(tmp_path, text, message):
             for v in (MISSING, None, "1,2,3,4", [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, True], {"x": 1}, [[1], 2, 3, 4])
         ),
         *((annotation("bbox", [1, 2, v, 4]), "bbox is") for v in (math.nan, math.inf, -math.inf, 10**400, 1e300)),
-        *((annotation("iscrowd", v), "annotation 6: iscrowd is") for v in (None, 2, "1", [], math.nan)),
-        *((annotation("area", v), "annotation 6: area is") for v in (None, "1", [], True, math.nan, 10**400)),
+        *((annotation("iscrowd", v), "annotation 6: iscrowd is") for v in (2, "1", [], math.nan)),
+        *((annotation("area", v), "annotation 6: area is") for v in ("1", [], True, math.nan, 10**400)),
         *((category("id", v), "category at position 1") for v in (MISSING, None, True, "3", [1], 10**30)),
         *((category("name", v), "category 2") for v in (MISSING, None, 3, [], "", "\ud800")),
         (grown("images", coco_tree()["images"][0]), "image id 1 occurs twice"),
@@ -135,6 +135,7 @@ def test_refused(tmp_path, tree, message):
     ("bbox", "area", "expected", "new_area"),
     [
         ([2, 3, 8, 10], None, [2, 3, 8, 10], 80),
+        ([2, 3, 8, 10], -1, [2, 3, 8, 10], 80),  # of a tool that doesn't know it
         ([-4, 3, 10, 10], None, [0, 3, 6, 10], 60),
         ([28, 20, 10, 10], None, [28, 20, 4, 4], 16),
         ([-4, 3, 10, 10], 33, [0, 3, 6, 10], 33),  # the area of a mask stays
@@ -167,8 +168,11 @@ def test_optional_keys_are_optional(tmp_path):
     for row in rich["annotations"]:
         row |= {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, "segmentation": [], "extra": None}
     root = {"softteacher": {"root": "/nowhere"}}
-    a, b = (load_coco(write_json(tmp_path / f"{n}.json", t | root)) for n, t in enumerate((plain, rich)))
-    assert a.fingerprint() == b.fingerprint()
+    null = coco_tree()
+    for row in null["annotations"]:
+        row |= dict.fromkeys(("area", "iscrowd", "segmentation"))
+    a, *others = (load_coco(write_json(tmp_path / f"{n}.json", t | root)) for n, t in enumerate((plain, rich, null)))
+    assert [b.fingerprint() for b in others] == [a.fingerprint()] * 2
 
 
 @pytest.mark.parametrize("value", [MISSING, None])

@@ -72,6 +72,18 @@ def test_16_bit_is_scaled_and_not_cut_off(picture):
     np.testing.assert_allclose(values.ravel(), np.linspace(0, 255, 24), atol=1)
 
 
+@pytest.mark.parametrize("white", [255, 1023, 4095, 16383])
+def test_what_holds_fewer_bits_is_not_darkened(white):
+    """A sensor's 10, 12 or 14 bits come in a 16-bit file."""
+    values = np.asarray(decode(encoded(grey16(0, white), "TIFF"), "x")[0])[..., 0]
+    np.testing.assert_allclose(values.ravel(), np.linspace(0, 255, 24), atol=1)
+
+
+def test_floats_up_to_1_are_shares_of_white():
+    values = np.asarray(decode(encoded(grey16(0, 1, np.float32), "TIFF"), "x")[0])[..., 0]
+    np.testing.assert_allclose(values.ravel(), np.linspace(0, 255, 24), atol=1)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_ignored(orientation):
     exif = Image.Exif()

@@ -55,6 +55,18 @@ def test_parts_are_disjoint_and_complete(data, tmp_path, fraction):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_validation_images_are_not_trained_on(tmp_path, capsys):
+    """A train json often lists all images; those of the val json are left out of it, labelled and unlabelled."""
+    shared = write_coco(tmp_path / "set", coco_tree(20), coco_tree(4, first=3))
+    split(str(shared), str(tmp_path / "out"), percent=50)
+    labeled, unlabeled, validation = ([i.id for i in part.images] for part in parts(tmp_path / "out"))
+    assert validation == [3, 4, 5, 6]
+    assert sorted(labeled + unlabeled) == [1, 2, *range(7, 21)]
+    assert "4 of its 20 images are in" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"all its images are in .*instances_val.json, too"):
+        split(str(write_coco(tmp_path / "same", coco_tree(8), coco_tree(8))), str(tmp_path / "no"), percent=50)
+
+
 def test_folds_differ_but_each_is_without_replacement(data, tmp_path):
     folds = [split(data, str(tmp_path / str(f)), percent=50, fold=f)["labeled"]["ids"] for f in range(1, 6)]
     assert len({tuple(ids) for ids in folds}) == 5

@@ -8,13 +8,15 @@ Every method has the same number of student iterations and of labelled images an
 labels. AP is the teacher's (the moving average of the student, which supervised training has too), at the best of the
 same number of validations. The methods share what burn-in made of a fold, which is the supervised run's first part:
 each ends with the bits of a run that did it by itself. A run that was cut off goes on, one whose result is there is not
-run again. Writes `results/accuracy/<name>-<percent>-<method>-<fold>.json` for each run and
-`results/accuracy-<name>-<percent>.json`.
+run again, and one that fails leaves the others alone. Writes `results/accuracy/<name>-<percent>-<method>-<fold>.json`
+for each run and `results/accuracy-<name>-<percent>.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
+import hashlib
 import json
 import os
 import statistics
@@ -26,8 +28,10 @@ from typing import Any
 
 from common import RESULTS, machine
 
+from softteacher import storage
 from softteacher.config import Settings, load_settings
-from softteacher.data.split import split
+from softteacher.data.split import find_annotations, split
+from softteacher.errors import UserError
 
 ORACLE = "soft_teacher-oracle"  # no method, but the limit of one: see oracle.py
 # method of the library, and the presets and settings that change it
@@ -68,12 +72,18 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--set", action="append", default=[], help="setting, key=value, for all methods; repeatable")
     parser.add_argument("--validation-fraction", type=float, help="where there is no val json")
+    parser.add_argument("--stratify", action="store_true", help="every class gets a labelled image where it can")
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="folder of splits, models and logs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; they share the cores")
     parser.add_argument("--quick", action="store_true", help="20 iterations, results to the work folder: does it run?")
     parser.add_argument("--table", action="store_true", help="only print the table")
     a = parser.parse_args()
-    results = a.work / "quick" if a.quick else RESULTS
+    if a.quick:
+        a.work = a.work / "quick"  # splits, burn-ins and models, too: a real run must find none of them
+    if "/" in a.name:
+        parser.error(f"--name {a.name}: is part of file names; take one without /")
+    results = a.work if a.quick else RESULTS
+    failed: list[str] = []
     folds = list(range(1, a.folds[0] + 1)) if len(a.folds) == 1 else sorted(set(a.folds))
     if not a.table:
         if not a.data:
@@ -84,29 +94,46 @@ def main() -> None:
         runs = sorted(((m, f) for m in methods for f in folds), key=lambda run: (order.get(run[0], 2), run[1]))
         for fold in folds:
             prepare(a, fold)
-        failed: list[str] = []
         with ThreadPoolExecutor(a.jobs) as pool:
-            for last in (False, True):
-                wave = [run for run in runs if (run[0] == "stac") == last]
-                done = [pool.submit(one_run, a, method, fold, results) for method, fold in wave]
-                failed += [str(e) for run in done if (e := run.exception())]
-        if failed:
-            sys.exit("\n".join(failed))
+            try:
+                for last in (False, True):
+                    wave = [run for run in runs if (run[0] == "stac") == last]
+                    done = [pool.submit(one_run, a, method, fold, results) for method, fold in wave]
+                    failed += [str(e) for run in done if (e := run.exception())]
+            except KeyboardInterrupt:  # the runs under way got it, too, and save where they are
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     summary = summarize(a.name, a.percent, results)
     if not a.table:
+        results.mkdir(parents=True, exist_ok=True)
         (results / f"accuracy-{a.name}-{a.percent:g}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(table(summary))
+    if failed:
+        sys.exit("\n".join(["", *failed]))
+
+
+def source(a: argparse.Namespace) -> dict[str, Any]:
+    """What the splits are made of: digests of the data set's json files, and how they are divided."""
+    train, val = find_annotations(a.data)
+    files = {"train": train} | ({"val": val} if val and a.validation_fraction is None else {})
+    digests = {part: hashlib.sha256(storage.read_bytes(file)).hexdigest() for part, file in files.items()}
+    return digests | {"validation_fraction": a.validation_fraction, "stratify": a.stratify}
 
 
 def prepare(a: argparse.Namespace, fold: int) -> None:
-    """Split a fold; `full.json` is its labelled and its unlabelled part together."""
+    """Split a fold; `full.json` is its labelled and its unlabelled part together; `source.json` comes last."""
     folder = a.work / f"{a.name}-{a.percent:g}-{fold}"
-    if (folder / "full.json").exists():
+    if (folder / "source.json").exists():
+        if json.loads((folder / "source.json").read_text()) != source(a):
+            raise UserError(f"{folder}: is a split of other data, or was split otherwise; take another --work")
         return
-    split(a.data, str(folder), percent=a.percent, fold=fold, validation_fraction=a.validation_fraction)
+    how = {"validation_fraction": a.validation_fraction, "stratify": a.stratify}
+    survived = load_settings(a.preset, a.set).data.max_bad_images
+    split(a.data, str(folder), percent=a.percent, fold=fold, max_bad_images=survived, **how)
     parts = [json.loads((folder / f"{name}.json").read_text()) for name in ("labeled", "unlabeled")]
     whole = parts[0] | {key: parts[0][key] + parts[1][key] for key in ("images", "annotations")}
-    (folder / "full.json").write_text(json.dumps(whole))
+    for name, content in (("full", whole), ("source", source(a))):
+        storage.write_bytes(folder / f"{name}.json", json.dumps(content).encode())
 
 
 def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
@@ -120,18 +147,21 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     overrides += [f"training.seed={fold}", *a.set]
     if a.jobs > 1:
         overrides.append(f"training.threads={max(1, (os.cpu_count() or 1) // a.jobs)}")
-    if a.quick:
-        overrides.append("training.iterations=20")
+    if a.quick:  # whose teacher is sure of nothing, and STAC has no second training without a pseudo box
+        overrides += ["training.iterations=20", *["method.cls_threshold=0.001"] * (method == "stac")]
     teacher = a.work / f"{a.name}-{a.percent:g}-supervised-{fold}"
     if method == "stac" and (teacher / "provenance.json").exists():
         overrides.append(f"method.label_model={teacher}")
     settings = what_decides(load_settings(preset, overrides))  # a typing error is told before hours of work
     if file.exists():
         # a setting that is younger than the result had its default then
-        defaults, earlier = what_decides(Settings()), json.loads(file.read_text())["settings"]
+        defaults, result = what_decides(Settings()), json.loads(file.read_text())
+        earlier = result["settings"]
         earlier["method"]["label_model"] = None
         if any({**defaults[group], **earlier[group]} != {**defaults[group], **settings[group]} for group in settings):
-            raise RuntimeError(f"{file}: is of other settings; delete it to run {title} again")
+            raise UserError(f"{file}: is of other settings; delete it to run {title} again, or take another --name")
+        if result.get("data") != source(a):
+            raise UserError(f"{file}: is of other data; delete it to run {title} again, or take another --name")
         return
     if name != "supervised_full":  # it has other labels
         overrides.append(f"method.burn_in_cache={data / 'burn_in'}")
@@ -142,10 +172,11 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     for override in overrides:
         command += ["--set", override]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (a.work / f"{title}.log").open("a") as log:
+    with (journal := a.work / f"{title}.log").open("a") as log:
         done = subprocess.run([str(c) for c in command], stdout=log, stderr=log, env={**os.environ, **quiet(a.jobs)})
     if done.returncode:
-        raise RuntimeError(f"{title} failed ({done.returncode}): see {a.work / title}.log")
+        last = (journal.read_text().splitlines() or [""])[-1]
+        raise UserError(f"{title} failed ({done.returncode}), see {journal}: {last}")
     metrics, provenance = (json.loads((out / f"{n}.json").read_text()) for n in ("metrics", "provenance"))
     rows = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     figures = {
@@ -165,6 +196,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
         ][::5],
         "training": provenance["training"],
         "precision": provenance["machine"]["precision"],
+        "data": source(a),
         "settings": settings,
         "git_sha": provenance["git_sha"],
         **machine(),
@@ -196,8 +228,10 @@ def quiet(jobs: int) -> dict[str, str]:
 def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
     """Mean and deviation of each method over its folds, and the share of the gap that the default method closes."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for file in sorted((results / "accuracy").glob(f"{name}-{percent:g}-*.json")):
+    for file in sorted((results / "accuracy").glob(f"{glob.escape(name)}-{percent:g}-*.json")):
         run = json.loads(file.read_text())
+        if (run["dataset"], run["percent"]) != (name, percent):  # of a data set whose name begins with this one's
+            continue
         runs.setdefault(run["method"], {})[run["fold"]] = run
     methods = {}
     for method in [m for m in METHODS | OTHERS if m in runs]:
@@ -263,4 +297,9 @@ def table(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ def machine() -> dict[str, Any]:
         if cpuinfo.exists()
         else []
     )
+    versions = {}
+    for name in ("torch", "torchvision", "onnxruntime", "numpy", "kfp"):
+        with suppress(PackageNotFoundError):  # of an extra that isn't installed
+            versions[name] = version(name)
     return {
         "machine": {
             "processor": names[0] if names else platform.processor(),
@@ -47,5 +52,5 @@ def machine() -> dict[str, Any]:
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             "platform": platform.platform(),
         },
-        "versions": {name: version(name) for name in ("torch", "torchvision", "onnxruntime", "numpy", "kfp")},
+        "versions": versions,
     }

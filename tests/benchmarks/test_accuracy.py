@@ -1,14 +1,19 @@
 """The table of `benchmarks/accuracy.py`: means, the share of the gap, and what it says of runs that compare badly."""
 
+import argparse
 import importlib
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from softteacher.config import Settings, load_settings
+from softteacher.errors import UserError
+from tests.samples import coco_tree, write_coco
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -23,7 +28,16 @@ def accuracy() -> ModuleType:
 
 
 def write(folder: Path, method: str, fold: int, ap: float, first: float = 0.1, best: int = 8) -> None:
-    run = {"method": method, "fold": fold, "ap": ap, "ap50": 2 * ap, "student_ap": ap, "precision": "float32"}
+    run = {
+        "dataset": "mine",
+        "percent": 10,
+        "method": method,
+        "fold": fold,
+        "ap": ap,
+        "ap50": 2 * ap,
+        "student_ap": ap,
+        "precision": "float32",
+    }
     run |= {"machine": {"processor": "P"}, "curve": [[2, first], [best, ap]]}
     run["training"] = {"steps": 10, "best_step": best}
     (folder / "accuracy").mkdir(exist_ok=True)
@@ -75,3 +89,88 @@ def test_switches_take_back_what_the_preset_adds(accuracy: ModuleType) -> None:
         assert load_settings("small", changes).method != small
     kept = {key: getattr(small, key) for key in ("burn_in", "ema_momentum", "adaptive_share")}
     assert paper == Settings().method.model_copy(update=kept)
+
+
+def test_a_data_set_whose_name_begins_with_this_one(accuracy: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, "supervised", 1, 0.2)
+    run = json.loads((tmp_path / "accuracy" / "mine-10-supervised-1.json").read_text()) | {
+        "dataset": "mine-10",
+        "ap": 0.9,
+    }
+    (tmp_path / "accuracy" / "mine-10-5-supervised-1.json").write_text(json.dumps(run | {"percent": 5}))
+    assert accuracy.summarize("mine", 10, tmp_path)["methods"]["supervised"]["ap_mean"] == 0.2
+
+
+@pytest.fixture
+def call(accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command on a small data set, into a folder of its own."""
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    data = write_coco(tmp_path / "set", coco_tree(20))
+
+    def run(*arguments: str) -> None:
+        command = ["accuracy.py", "--name", "mine", "--data", str(data), "--percent", "20", "--folds", "1"]
+        monkeypatch.setattr(sys, "argv", [*command, "--work", str(tmp_path / "work"), *arguments])
+        accuracy.main()
+
+    return run
+
+
+def test_a_run_that_fails_leaves_the_others_alone(
+    accuracy: ModuleType, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_run(a: argparse.Namespace, method: str, fold: int, results: Path) -> None:
+        if method == "stac":
+            raise UserError("stac found nothing")
+        (results / "accuracy").mkdir(parents=True, exist_ok=True)
+        write(results, method, fold, 0.5)
+        file = results / "accuracy" / f"mine-10-{method}-{fold}.json"
+        (results / "accuracy" / f"mine-20-{method}-{fold}.json").write_text(
+            json.dumps(json.loads(file.read_text()) | {"percent": 20})
+        )
+
+    monkeypatch.setattr(accuracy, "one_run", one_run)
+    with pytest.raises(SystemExit, match="stac found nothing"):
+        call("--methods", "supervised", "stac")
+    summary = json.loads((tmp_path / "results" / "accuracy-mine-20.json").read_text())
+    assert list(summary["methods"]) == ["supervised"]
+
+
+def test_other_data_under_the_same_name_is_refused(
+    accuracy: ModuleType, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "one_run", lambda *_: None)
+    call()
+    full = json.loads((tmp_path / "work" / "mine-20-1" / "full.json").read_text())
+    assert len(full["images"]) == 20
+    call()
+    with pytest.raises(UserError, match="mine-20-1: is a split of other data"):
+        call("--validation-fraction", "0.2")
+    call("--quick", "--validation-fraction", "0.2")  # has splits of its own
+    write_coco(tmp_path / "set", coco_tree(19))
+    with pytest.raises(UserError, match="mine-20-1: is a split of other data"):
+        call()
+
+
+def test_results_are_of_their_data_and_settings(
+    accuracy: ModuleType, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that is there stands for the run only where both are the same."""
+    settings = accuracy.what_decides(load_settings("small", ["method.name=supervised", "training.seed=1"]))
+    write(tmp_path, "supervised", 1, 0.2)
+    run = json.loads((tmp_path / "accuracy" / "mine-10-supervised-1.json").read_text()) | {"percent": 20}
+    file = tmp_path / "results" / "accuracy" / "mine-20-supervised-1.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(accuracy.subprocess, "run", None)  # nothing is trained
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "one_run", lambda *_: None)
+        call()
+    data = json.loads((tmp_path / "work" / "mine-20-1" / "source.json").read_text())
+    other = settings | {"training": settings["training"] | {"lr": 5}}
+    for found, complaint in (
+        ({}, ""),
+        ({"data": {"train": "0"}}, "other data"),
+        ({"settings": other}, "other settings"),
+    ):
+        file.write_text(json.dumps(run | {"settings": settings, "data": data} | found))
+        with pytest.raises(SystemExit, match=complaint) if complaint else nullcontext():
+            call("--methods", "supervised")

@@ -1,6 +1,7 @@
 """One typed, validated settings tree. Presets are small YAML files over its defaults; `--set key=value` goes on top.
 
-The defaults are the paper's partially-labelled setting in the form of the authors' code (see `docs/method.md`).
+The defaults are the paper's partially-labelled setting in the form of the authors' code (see `docs/method.md`), but
+for the ImageNet weights, which the presets `coco-*` name.
 """
 
 from __future__ import annotations
@@ -213,12 +214,13 @@ class TrainingSettings(_Group):
         None, description="share of the unlabelled images that the last round of `collect` brought; none: as they come"
     )
     accumulate: int = Field(1, ge=1, le=1024, description="batches that make one step, for few or small GPUs")
+    separate_backward: bool = Field(False, description="first the labelled images, then the others: less memory")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw learns faster from nothing; lr about 0.001")
     reference_batch: int | None = Field(
         None,
         ge=1,
-        description="images per step, all processes together, that lr and iterations are meant for; with another "
-        "batch both follow: lr x batch/reference, iterations x reference/batch; none: they stay",
+        description="images per step, all processes together, that lr, iterations and evaluate_every are meant for; "
+        "another batch changes them: lr x batch/reference, the others x reference/batch; none: they stay",
     )
     lr: float = Field(0.01, gt=0, description="learning rate after warm-up")
     backbone_lr: float = Field(1.0, gt=0, le=1, description="of the backbone, over lr; pretrained ones want less")
@@ -291,9 +293,8 @@ class Settings(_Group):
 
 def presets() -> list[str]:
     """The names of the presets that come with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in files("softteacher.presets").iterdir() if p.name.endswith(".yaml")
-    )
+    found = [p.name for p in files("softteacher.presets").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
 
 
 def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> Settings:
@@ -371,9 +372,8 @@ def read_settings(path: str | Path) -> Settings:
     try:
         tree = yaml.safe_load(storage.read_bytes(path))
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(
-            f"{path}: not valid YAML; take the file that `train` wrote ({str(e).splitlines()[0]})"
-        ) from None
+        why = str(e).splitlines()[0]
+        raise UserError(f"{path}: not valid YAML; take the file that `train` wrote ({why})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: no settings in it; take the file that `train` wrote")
     return _validated(tree, str(path))

@@ -43,7 +43,10 @@ class Method:
         self.seen: Tensor | None = None
 
     def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weighted loss terms whose sum is minimised, and numbers for the log."""
+        """Weighted loss terms whose sum is minimised, and numbers for the log.
+
+        The loss of a batch is the sum of those of its `parts`. Of unlabelled images alone there may be none.
+        """
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
@@ -96,7 +99,7 @@ class TeacherMethod(Method):
 
     def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `Method`. Without unlabelled views (burn-in), or without trust, the supervised losses alone."""
-        losses = self.student.losses(batch.labeled)
+        losses = self.student.losses(batch.labeled) if batch.labeled else {}
         if batch.weak is None or batch.strong is None or not self.trust:
             return losses, {}
         # matrices from the teacher's to the student's view (section 3.1)
@@ -118,8 +121,7 @@ class TeacherMethod(Method):
             facts |= pseudo_box_quality(sure, batch.weak.boxes, batch.weak.labels)
         weight = self.settings.unsup_weight * self.trust
         weighted = {f"unsup_{k}": weight * v for k, v in unsup.items()}
-        ratio = sum(v.detach() for v in weighted.values()) / sum(v.detach() for v in losses.values())
-        return losses | weighted, facts | {"unsup_over_sup": float(ratio)}
+        return losses | weighted, facts
 
     def confident(self, found: Detections, threshold: float) -> Detections:
         """The boxes that teach: score above the threshold, or above that of their class (`method.threshold`)."""

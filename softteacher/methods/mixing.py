@@ -14,6 +14,8 @@ from softteacher.methods.base import Unlabeled
 if TYPE_CHECKING:
     from softteacher.methods.soft_teacher import PseudoBoxes
 
+SEEN_BY_TEACHER = {"teacher_background", "prediction_difference"}  # reliabilities that each half has one of
+
 
 def mix_views(views: Views) -> Views:
     """Each view and the next one of the batch, half and half, at the top left of the same canvas."""

@@ -12,7 +12,7 @@ from softteacher.detectors.boxes import clip
 from softteacher.detectors.fcos import FCOS, STRIDES, Dense, box_losses, dense_targets, focal_loss, inside
 from softteacher.methods.base import Unlabeled
 from softteacher.methods.jitter import regression_variance
-from softteacher.methods.mixing import other_half
+from softteacher.methods.mixing import SEEN_BY_TEACHER, other_half
 from softteacher.methods.soft_teacher import SoftTeacher
 
 
@@ -63,7 +63,7 @@ class OneStageSoftTeacher(SoftTeacher):
         )
         negative = (cls_targets.labels == classes) & cls_targets.used
         weights = self.reliability(dense, for_cls, part)
-        if mixed:  # background is what is background in both
+        if mixed and self.settings.reliability in SEEN_BY_TEACHER:  # background is what is background in both
             weights = weights * self.reliability(dense, for_cls, other_half(part))
         weights = torch.where(negative, weights, 1.0)
         losses = {"cls": focal_loss(dense.logits, cls_targets, weights)} | box_losses(dense, reg_targets)

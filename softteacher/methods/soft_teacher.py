@@ -28,7 +28,7 @@ from softteacher.detectors.losses import (
 )
 from softteacher.methods.base import TeacherMethod, Unlabeled, to_strong_view
 from softteacher.methods.jitter import jitter, regression_variance
-from softteacher.methods.mixing import mix_boxes, mix_views, other_half
+from softteacher.methods.mixing import SEEN_BY_TEACHER, mix_boxes, mix_views, other_half
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SoftTeacher(TeacherMethod):
             [torch.arange(len(c) + len(r)) < len(c) for c, r in zip(cls_rois.boxes, reg_rois.boxes, strict=True)]
         )
         weights = self.reliability(cls_rois, logits[is_cls], for_cls, part)
-        if mixed:  # background is what is background in both
+        if mixed and s.reliability in SEEN_BY_TEACHER:  # background is what is background in both
             weights = weights * self.reliability(cls_rois, logits[is_cls], for_cls, other_half(part))
         soft = self.soft_targets(cls_rois, part, mixed) if s.positives == "soft" else None
         losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization, soft)

@@ -42,11 +42,9 @@ from softteacher.training.trainer import Trainer, run_training
 _INDIFFERENT = {
     "data.workers",
     "data.max_bad_images",
-    *(f"training.{key}" for key in ("device", "threads", "log_every", "evaluate_batch", "accumulate")),
-    *(
-        f"training.{key}"
-        for key in ("labeled_per_batch", "unlabeled_per_batch", "checkpoint_every", "keep_checkpoints")
-    ),
+    *(f"training.{key}" for key in ("device", "threads", "log_every", "evaluate_batch", "keep_checkpoints")),
+    *(f"training.{key}" for key in ("checkpoint_every", "labeled_per_batch", "unlabeled_per_batch", "accumulate")),
+    "training.separate_backward",
     "training.reference_batch",  # what follows from it does matter
     "method.burn_in_cache",
 }
@@ -136,6 +134,8 @@ def _train(
         f"{_batch(settings)}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
         f"{str(student.precision).removeprefix('torch.')}"
     )
+    other = [f"{key}={value}" for key, value in _flat(settings).items() if value != _flat(Settings())[key]]
+    say(f"train: settings that are not the default: {', '.join(other) or 'none'}")
     if method.seen is not None and settings.method.guard and not (settings.burn_in_steps and s.evaluate_every):
         say(
             "train: nothing guards against pseudo labels that do harm: that takes method.burn_in and "
@@ -231,9 +231,9 @@ def _with_method(settings: Settings, **changes: str) -> Settings:
 def for_batch(settings: Settings, images: int) -> Settings:
     """The settings for a step of so many images: what was meant for `training.reference_batch` images follows.
 
-    lr goes with the batch (the linear scaling rule, arXiv 1706.02677) and iterations against it, so that as many images
-    are seen; the warm-up stays. `reference_batch` becomes `images`, so that nothing is scaled twice. Without a
-    `reference_batch` nothing changes.
+    lr goes with the batch (the linear scaling rule, arXiv 1706.02677), iterations and `evaluate_every` against it, so
+    that as many images are seen, also between validations; the warm-up stays. `reference_batch` becomes `images`, so
+    that nothing is scaled twice. Without a `reference_batch` nothing changes.
 
     Example:
         >>> for_batch(load_settings("coco-10pct"), 5).training.iterations
@@ -247,6 +247,8 @@ def for_batch(settings: Settings, images: int) -> Settings:
         "iterations": max(1, round(s.iterations * s.reference_batch / images)),
         "reference_batch": images,
     }
+    if s.evaluate_every:
+        follows["evaluate_every"] = max(1, round(s.evaluate_every * s.reference_batch / images))
     return settings.model_copy(update={"training": s.model_copy(update=follows)})
 
 
@@ -273,11 +275,18 @@ def _batch(settings: Settings) -> str:
     return f"{times * s.labeled_per_batch} + {times * s.unlabeled_per_batch} images"
 
 
+def _flat(settings: Settings) -> dict[str, Any]:
+    tree = settings.model_dump(mode="json")
+    return {f"{group}.{key}": value for group, values in tree.items() for key, value in values.items()}
+
+
 def _identity(settings: Settings, sets: dict[str, CocoDataset]) -> dict[str, Any]:
     """What makes a run this run: the settings that decide its result, the batch of all processes, and the data."""
-    tree = settings.model_dump(mode="json")
-    flat = {f"{group}.{key}": value for group, values in tree.items() for key, value in values.items()}
-    kept = {k: v for k, v in flat.items() if k not in _INDIFFERENT and not k.startswith(("export.", "data.cache_"))}
+    kept = {
+        k: v
+        for k, v in _flat(settings).items()
+        if k not in _INDIFFERENT and not k.startswith(("export.", "data.cache_"))
+    }
     prints = {
         f"data set {name}": d.fingerprint(masks=settings.detector.masks and name != "unlabeled")
         for name, d in sets.items()

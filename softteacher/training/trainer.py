@@ -154,18 +154,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         numbers: dict[str, Tensor | float] = {}
         for n, batch in enumerate(batches):
-            last = n + 1 == len(batches)
-            # gradients travel between processes once a step
-            parallel = isinstance(self.losses, DistributedDataParallel)
-            with self.losses.no_sync() if parallel and not last else contextlib.nullcontext():
-                losses, facts = self.losses(batch.to(self.device), p.step)
-                total = torch.stack(list(losses.values())).sum()
-                self.scaler.scale(total / len(batches)).backward()
-            for key, value in {"loss": total.detach(), **{k: v.detach() for k, v in losses.items()}, **facts}.items():
-                numbers[key] = numbers.get(key, 0.0) + value / len(batches)
-            p.images += distributed.world_size() * (
-                len(batch.labeled.images) + (len(batch.strong.images) if batch.strong else 0)
-            )
+            batch = batch.to(self.device)
+            parts = batch.parts() if s.separate_backward else [batch]
+            for part in parts:
+                last = n + 1 == len(batches) and part is parts[-1]
+                # gradients travel between processes once a step
+                parallel = isinstance(self.losses, DistributedDataParallel)
+                with self.losses.no_sync() if parallel and not last else contextlib.nullcontext():
+                    losses, facts = self.losses(part, p.step)
+                    if not losses:  # nothing is learnt from unlabelled images now
+                        continue
+                    total = torch.stack(list(losses.values())).sum()
+                    self.scaler.scale(total / len(batches)).backward()
+                seen = {"loss": total.detach(), **{k: v.detach() for k, v in losses.items()}, **facts}
+                for key, value in seen.items():
+                    numbers[key] = numbers.get(key, 0.0) + value / len(batches)
+            p.images += distributed.world_size() * sum(len(v.images) for v in (batch.labeled, batch.strong) if v)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(p.step, s) * group["scale"]
         self.scaler.unscale_(self.optimizer)
@@ -175,7 +179,8 @@ class Trainer:
             p.in_a_row = 0
         else:
             p.skipped, p.in_a_row = p.skipped + 1, p.in_a_row + 1
-            bad = ", ".join(k for k, v in losses.items() if not torch.isfinite(v)) or "gradient"
+            terms = {k: v for k, v in numbers.items() if isinstance(v, Tensor) and k != "loss"}
+            bad = ", ".join(k for k, v in terms.items() if not torch.isfinite(v)) or "gradient"
             say(f"step {p.step}: not finite ({bad}); step skipped ({p.skipped} so far)")
             if p.in_a_row == MAX_SKIPPED:
                 raise UserError(
@@ -186,6 +191,8 @@ class Trainer:
         method = self.settings.method
         update_teacher(self.teacher, self.student, ema_momentum(p.step, method.ema_momentum, method.ema_ramp))
         p.step += 1
+        if unsup := [v for k, v in numbers.items() if k.startswith("unsup_")]:
+            numbers["unsup_over_sup"] = sum(unsup) / (numbers["loss"] - sum(unsup))
         return numbers
 
     def state(self) -> dict[str, Any]:

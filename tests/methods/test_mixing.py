@@ -75,6 +75,18 @@ def test_a_step(share):
     torch.stack(list(losses.values())).sum().backward()
 
 
+@pytest.mark.parametrize("name", ["fasterrcnn_tiny_fpn", "fcos_tiny_fpn"])
+@pytest.mark.parametrize("kind", ["student_background", "iou", "reverse_iou", "teacher_background"])
+def test_a_weight_that_does_not_ask_the_teacher_counts_once(monkeypatch, name, kind):
+    low = [f"method.{key}_threshold=0" for key in ("pool", "rpn", "cls")]
+    chosen = method("method.mixup=1", f"method.reliability={kind}", "detector.score_threshold=0", *low, name=name)
+    asked = []
+    monkeypatch.setattr(chosen, "reliability", lambda *x, real=chosen.reliability: asked.append(x) or real(*x))
+    plain = replace(noise_views(), boxes=[], labels=[])
+    chosen.losses(Batch(noise_views(seed=1), plain, plain), 0)
+    assert len(asked) == (2 if kind == "teacher_background" else 1)
+
+
 def test_masks_are_refused():
     with pytest.raises(UserError, match="a mask can't be laid over another"):
         method("method.mixup=0.5", name="maskrcnn_tiny_fpn")

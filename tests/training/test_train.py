@@ -176,7 +176,9 @@ def test_lr_and_iterations_follow_the_batch(preset, images, lr, iterations):
     found = for_batch(asked, images)
     assert (found.training.lr, found.training.iterations) == (pytest.approx(lr, rel=1e-12), iterations)
     assert found.training.reference_batch == (images if asked.training.reference_batch else None)
-    kept = {"lr", "iterations", "reference_batch"}
+    every = asked.training.evaluate_every * iterations / asked.training.iterations
+    assert found.training.evaluate_every == (max(1, round(every)) if every else 0)
+    kept = {"lr", "iterations", "reference_batch", "evaluate_every"}
     assert found.training.model_dump(exclude=kept) == asked.training.model_dump(exclude=kept)
     assert found.model_dump(exclude={"training"}) == asked.model_dump(exclude={"training"})
     assert for_batch(found, images) == found

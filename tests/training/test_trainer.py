@@ -3,16 +3,19 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from softteacher.config import load_settings
 from softteacher.data.loader import Batch
+from softteacher.detectors.build import build
 from softteacher.errors import UserError
+from softteacher.methods import build_method
 from softteacher.methods.base import Method
 from softteacher.training.trainer import Trainer, learning_rate, run_training
-from tests.samples import dataset, noise_views, write_coco
+from tests.samples import TINY, dataset, noise_views, write_coco
 
 
 @pytest.mark.parametrize(
@@ -203,3 +206,31 @@ def test_broken_images(tmp_path, capsys, bad, survives):
     else:
         with pytest.raises(UserError, match="2 of 8 images are missing or broken, 1 allowed; first: x: broken"):
             run(tmp_path, Fake(), batches=iter(batches), sets={"labeled": data})
+
+
+@pytest.mark.parametrize("name", ["supervised", "mean_teacher", "stac", "soft_teacher"])
+@pytest.mark.parametrize("trust", [1.0, 0.0])
+def test_backward_in_two_parts_gives_the_same_gradient(name, trust):
+    """Of accumulated batches, too; the guard may have left the pseudo labels out."""
+    low = [f"method.{key}_threshold=0" for key in ("pool", "rpn", "cls")]
+    chosen = [*TINY, *low, f"method.name={name}", "detector.score_threshold=0", "method.reg_variance_threshold=9"]
+    plain = replace(noise_views(), boxes=[], labels=[])
+    unlabeled = (None, None) if name == "supervised" else (plain, noise_views() if name == "stac" else plain)
+    found = []
+    for separate in (False, True):
+        torch.manual_seed(0)
+        settings = load_settings("demo", [*chosen, f"training.separate_backward={separate}"])
+        student = build(settings.detector, 3)
+        teacher = copy.deepcopy(student)
+        method = build_method(settings, student, teacher, dict.fromkeys("abc", 1.0))
+        method.trust = trust
+        trainer = Trainer(student, teacher, method, settings, torch.device("cpu"))
+        numbers = trainer.step([Batch(noise_views(seed=n), *unlabeled) for n in (1, 2)])
+        found.append((numbers, trainer.progress.images, [p.grad for p in student.parameters()]))
+    (whole, images, gradients), (parts, again, others) = found
+    assert images == again
+    assert whole.keys() == parts.keys()
+    assert ("unsup_over_sup" in whole) == (name != "supervised" and trust > 0)
+    for key, value in whole.items():
+        torch.testing.assert_close(torch.as_tensor(parts[key]), torch.as_tensor(value), msg=key)
+    torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)

@@ -214,7 +214,7 @@ class TrainingSettings(_Group):
         None, description="share of the unlabelled images that the last round of `collect` brought; none: as they come"
     )
     accumulate: int = Field(1, ge=1, le=1024, description="batches that make one step, for few or small GPUs")
-    separate_backward: bool = Field(False, description="first the labelled images, then the others: less memory")
+    separate_backward: bool = Field(False, description="unlabelled images first, then labelled: less memory")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw learns faster from nothing; lr about 0.001")
     reference_batch: int | None = Field(
         None,

@@ -88,7 +88,7 @@ def deploy(
             else:
                 refuse_beside(target.canary, name, "deploy again")
                 if decision:
-                    _check_decision(decision, target.champion)
+                    _check_decision(decision, model.sha256, target.champion)
                 facts = _deploy(target, model, runtime, canary, run, keep)
     return facts if "canary" in facts else facts | await_replicas(triton, name, facts["version"])
 
@@ -232,13 +232,16 @@ def _of_run(target: Deployment, run: str, sha256: str) -> dict[str, Any]:
     return {}
 
 
-def _check_decision(folder: str, champion: Champion | None) -> None:
+def _check_decision(folder: str, sha256: str, champion: Champion | None) -> None:
     uri = storage.join(folder, "gate.json")
     try:
         gate = json.loads(storage.read_bytes(uri))
         yes, reason, compared = gate["deploy"], gate["reason"], (gate["comparison"] or {"version": None})["version"]
+        same = gate["onnx_sha256"] == sha256
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{uri}: torn, or not of `softteacher gate`; run that again") from None
+    if not same:
+        raise UserError(f"{uri}: the gate judged another model than the one to deploy; run the gate again")
     if not yes:
         raise UserError(f"{uri}: the gate said no: {reason}")
     if compared != (champion.version if champion else None):

@@ -175,11 +175,12 @@ class Deployment:
     def mend(self) -> None:
         """Undo what a deployment that was killed left: a candidate, half versions, a switch without its pointer."""
         self.remove_candidate()
+        live = self.champion
         for version in incomplete_versions(self.repository, self.name):
-            self._remove(self.folder(version))
+            if live is None or version != live.version:  # which lost its manifest: it serves, and can be gone back to
+                self._remove(self.folder(version))
         if self.canary is None:
             self.end_canary()
-        live = self.champion
         if live is None or read_manifest(self.folder(live.version)) is None:
             return
         if not (self._is_ready(self.name, live.version) and self._is_configured(live.version)):

@@ -74,6 +74,12 @@ def export(model: str, out: str, *, weights: Weights = "teacher", overrides: Seq
             "onnxruntime": coco_metrics(validation, coco_results(validation, answers))["AP"],
             "pytorch": score_canvases(served.run, detector, validation, "pytorch")["AP"],
         }
+        own = source.metrics().get(weights, {}).get("AP", -1.0)
+        if not overrides and own - parity["ap"]["pytorch"] > settings.max_ap_loss:
+            say(
+                f"warning: on canvases of {size[1]} x {size[0]} the detector has AP {parity['ap']['pytorch']:.4f}, on "
+                f"images of their own size {own:.4f}; a larger export.image_size loses less"
+            )
         parity["validation_fingerprint"] = validation.fingerprint()
         loss = parity["ap"]["pytorch"] - parity["ap"]["onnxruntime"]
         if loss > settings.max_ap_loss:

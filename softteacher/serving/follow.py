@@ -99,9 +99,12 @@ def catch_up(repository: str, triton: str, timeout: float = TIMEOUT) -> dict[str
                         if server.is_model_ready(model, str(version)):
                             continue
                     # In this order: a deployment writes the config before it loads, and moves the pointer last. Where
-                    # they differ it is at work on this very Triton, or was killed, and the next one mends it.
+                    # they differ it is at work on this very Triton, which serves the version before meanwhile, or was
+                    # killed, and the next one mends it; but a Triton that was started since may serve nothing.
                     if _read(storage.join(repository, model, "config.pbtxt")) != config:
-                        continue
+                        with explained(triton):
+                            if server.is_model_ready(model):
+                                continue
                     _load(server, triton, model, version, config)
                 for model in {f"{name}-canary", f"{name}-candidate"} - wanted:
                     with explained(triton):

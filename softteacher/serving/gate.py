@@ -91,6 +91,7 @@ class Decision:
         champion_ap: the champion's AP on the same set; none if there is no champion.
         rejections: what speaks against it, each in words; none if `deploy`.
         comparison: the numbers; none if there is no champion.
+        onnx_sha256: of the new model's file.
     """
 
     deploy: bool
@@ -99,6 +100,7 @@ class Decision:
     champion_ap: float | None
     rejections: tuple[str, ...] = ()
     comparison: Comparison | None = None
+    onnx_sha256: str = ""
 
     def metrics(self) -> dict[str, float]:
         """`ap`; if there is a champion `champion_ap`, `gain`, `gain_low` and `gain_high`, and `latency_ratio`."""
@@ -164,6 +166,7 @@ def gate(
                 ) from None
             decision, dataset, answers = _decide(model, champion, old, bounds, resamples, seed)
             page = write_report(decision, name, dataset, answers.found) if report else ""
+        decision = replace(decision, onnx_sha256=model.sha256)
         if report:
             (report / "gate.json").write_text(json.dumps(asdict(decision), indent=1))
             (report / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -176,7 +179,10 @@ def _decide(
 ) -> tuple[Decision, CocoDataset, _Answers]:
     # a champion in int8 is an int8 file; the new model's is its like
     like = model.path / Runtime(engine=champion.engine).onnx_file
-    ours, theirs = OnnxDetector(like if like.exists() else model.path / "model.onnx"), OnnxDetector(old)
+    # where it has one: a folder that was exported into before may hold that of another model
+    measured = "refused" not in model.engines.get(champion.engine, {"refused": "not measured"})
+    ours = OnnxDetector(like if measured and like.exists() else model.path / "model.onnx")
+    theirs = OnnxDetector(old)
     dataset = load_coco(str(model.path / "validation.json"))
     if ours.categories != dataset.categories:
         raise UserError(f"{model.path}: model.onnx and validation.json have other classes; export again")

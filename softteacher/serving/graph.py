@@ -76,7 +76,8 @@ def write_onnx(served: ServedDetector, source: ModelFolder, size: tuple[int, int
     facts = {
         "classes": json.dumps([{"id": i, "name": n} for i, n in source.categories]),
         "preprocessing": json.dumps(how),
-        "max_detections": str(source.settings.detector.max_detections),
+        # not always that of the settings: a small canvas has fewer places
+        "max_detections": str(graph.graph.output[1].type.tensor_type.shape.dim[1].dim_value),
     }
     # where the pyramid takes its finest map from: the layers before may have to stay in fp32
     finest = (n.input[0] for n in graph.graph.node if n.op_type == "Conv" and n.input[1] == f"{LATERALS}0.0.weight")

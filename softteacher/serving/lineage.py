@@ -69,6 +69,9 @@ def record(
         source, exported = ModelFolder(model_path, model), read_onnx_folder(onnx_path)
         if exported.provenance != source.provenance:
             raise UserError(f"{onnx}: was not exported from {model}; give the two of one run")
+        decision = json.loads(storage.read_bytes(storage.join(gate, "gate.json"))) if gate else None
+        if decision and decision.get("onnx_sha256") != exported.sha256:
+            raise UserError(f"{gate}: is the decision on another model; give that of the same run")
         deployed, on_trial = _deployed(repository, name, exported.sha256)
         place = storage.join(registry, name, str(deployed.version))
         before = _read(place)
@@ -90,7 +93,7 @@ def record(
                 "student": numbers(scores.get("student", {})),
                 "onnx": {"AP": exported.ap},
             },
-            "gate": json.loads(storage.read_bytes(storage.join(gate, "gate.json"))) if gate else None,
+            "gate": decision,
             "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         facts["run_id"] = run or facts["run_id"]

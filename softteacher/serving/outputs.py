@@ -19,14 +19,29 @@ def to_detections(
         answer: the four outputs, or five.
         index: which image of the batch.
         scale: (x, y) from original to canvas pixels.
-        size: (width, height) of the original, to clip to.
+        size: (width, height) of the original, to clip to. What lies wholly outside, in the padding, is left out, and
+            a mask is that of the clipped box.
     """
     n = int(answer["num_detections"][index, 0])
     boxes = answer["detection_boxes"][index, :n] / np.array([*scale, *scale], np.float32)
-    boxes = boxes.clip(0, np.array([*size, *size], np.float32))
+    whole, boxes = boxes, boxes.clip(0, np.array([*size, *size], np.float32))
     labels = answer["detection_classes"][index, :n].astype(np.int64)
     masks = answer[MASKS][index, :n].copy() if MASKS in answer else None
-    return Detections(boxes, answer["detection_scores"][index, :n].copy(), labels, masks)
+    if masks is not None:
+        for row in np.flatnonzero((whole != boxes).any(1)):
+            masks[row] = _of_part(masks[row], whole[row], boxes[row])
+    found = Detections(boxes, answer["detection_scores"][index, :n].copy(), labels, masks)
+    return found[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+
+
+def _of_part(mask: np.ndarray, whole: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """A mask [S, S] in the frame of a box, in that of a part of the box: linear between the centres of its cells."""
+    cells, weights = np.arange(len(mask)), []
+    for low in (0, 1):  # x, y
+        places = part[low] + (cells + 0.5) / len(mask) * (part[low + 2] - part[low])
+        places = (places - whole[low]) / max(whole[low + 2] - whole[low], 1e-6) * len(mask) - 0.5
+        weights.append(np.stack([np.interp(places, cells, unit) for unit in np.eye(len(mask))], axis=1))
+    return (weights[1] @ mask @ weights[0].T).astype(mask.dtype)
 
 
 def nonsense(answer: dict[str, np.ndarray], images: int, classes: int) -> str | None:

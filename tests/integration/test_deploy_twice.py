@@ -1,9 +1,11 @@
 """Two deployments of one name, a second try of one, and one that comes too late, against a real Triton over real S3."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from softteacher import storage
@@ -12,8 +14,9 @@ from softteacher.serving import claim as claim_module
 from softteacher.serving import deployment as deploy_module
 from softteacher.serving.claim import Claim, read_claim
 from softteacher.serving.deploy import deploy, promote, rollback
-from softteacher.serving.repository import versions
+from softteacher.serving.repository import read_onnx_folder, versions
 from softteacher.serving.status import status
+from softteacher.serving.version_folder import MANIFEST
 from tests.conftest import TritonServer
 from tests.helpers import answer, onnx_folder
 
@@ -124,11 +127,15 @@ def test_what_the_gate_decided(triton_server: TritonServer, folders: dict[str, P
     name, (url, repository, _) = "gated", triton_server
 
     def decided(version: int | None, yes: bool = True) -> str:
-        comparison = version and {"version": version}
-        (tmp_path / "gate.json").write_text(json.dumps({"deploy": yes, "reason": "why", "comparison": comparison}))
+        facts = {"deploy": yes, "reason": "why", "comparison": version and {"version": version}, "onnx_sha256": ""}
+        (tmp_path / "gate.json").write_text(json.dumps(facts))
         return str(tmp_path)
 
-    def put(folder: str, decision: str) -> int:
+    def put(folder: str, decision: str, other: str | None = None) -> int:
+        gate = json.loads((tmp_path / "gate.json").read_text())
+        if "onnx_sha256" in gate:
+            gate["onnx_sha256"] = read_onnx_folder(folders[other or folder]).sha256
+            (tmp_path / "gate.json").write_text(json.dumps(gate))
         return int(deploy(str(folders[folder]), repository, url, name, decision=decision)["version"])
 
     with pytest.raises(UserError, match=r"compared with version 4, but now nothing is; run the gate again"):
@@ -138,6 +145,8 @@ def test_what_the_gate_decided(triton_server: TritonServer, folders: dict[str, P
         put("second", decided(None))
     with pytest.raises(UserError, match=r"gate\.json: the gate said no: why"):
         put("second", decided(1, yes=False))
+    with pytest.raises(UserError, match=r"gate\.json: the gate judged another model .* run the gate again"):
+        put("second", decided(1), "first")
     assert put("second", decided(1)) == 2
     with pytest.raises(UserError, match=r"compared with version 1, but now version 2 is live; run the gate again"):
         put("first", decided(1))
@@ -145,3 +154,22 @@ def test_what_the_gate_decided(triton_server: TritonServer, folders: dict[str, P
     (tmp_path / "gate.json").write_text("{}")
     with pytest.raises(UserError, match=r"gate\.json: torn, or not of `softteacher gate`"):
         put("first", str(tmp_path))
+
+
+def test_a_live_version_that_lost_its_manifest(
+    triton_server: TritonServer, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """It serves, so a deployment that fails must leave it: there is nothing else to go back to."""
+    name, (url, repository, _) = "bare", triton_server
+    deploy(str(folders["first"]), repository, url, name)
+    storage.remove(f"{repository}/{name}/1/{MANIFEST}")
+    before = [file.name for file in storage.list_files(f"{repository}/{name}/1")]
+    broken = shutil.copytree(folders["second"], tmp_path / "broken")
+    with np.load(broken / "smoke.npz") as file:
+        arrays = dict(file)
+    np.savez(broken / "smoke.npz", **arrays | {"detection_boxes": arrays["detection_boxes"] + 9})
+    with pytest.raises(UserError, match="version 1 stays live"):
+        deploy(str(broken), repository, url, name)
+    assert [file.name for file in storage.list_files(f"{repository}/{name}/1")] == before
+    assert answer(url, name)[1] == 0.6
+    assert deploy(str(folders["second"]), repository, url, name)["version"] > 1

@@ -1,12 +1,14 @@
 """When a replica counts as up to date; what it does then is tested on real servers, in `tests/integration`."""
 
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from softteacher.serving import follow as module
-from softteacher.serving.follow import follow
+from softteacher.serving.follow import catch_up, follow
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,20 @@ def test_a_pod_that_serves_nothing_is_not_ready(
     monkeypatch.setattr(module, "_deployed", lambda repository: ["cards", "signs"])
     follow("s3://models/triton", "http://localhost:8000", every=0.01, ready_file=str(tmp_path / "ready"), stop=stop)
     assert (tmp_path / "ready").exists()  # in the end all is well
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_a_config_that_is_not_the_champions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, serving: bool) -> None:
+    """A deployment is at work on this Triton, or was killed; only in the second case may nothing be served."""
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "champion.json").touch()
+    (tmp_path / "cards" / "config.pbtxt").write_text("of version 2")
+    loaded: list[object] = []
+    ready = {("cards", ""): serving}
+    server = SimpleNamespace(close=lambda: None, is_model_ready=lambda *key: ready.get((*key, "")[:2], False))
+    monkeypatch.setattr(module, "connect", lambda *_: server)
+    monkeypatch.setattr(module, "explained", lambda _: nullcontext())
+    monkeypatch.setattr(module, "_live", lambda *_: [("cards", 1, b"of version 1")])
+    monkeypatch.setattr(module, "_load", lambda *a: loaded.append(a[2:]))
+    assert catch_up(str(tmp_path), "http://localhost:8000") == {}
+    assert loaded == ([] if serving else [("cards", 1, b"of version 1")])

@@ -1,6 +1,7 @@
 """The gate: better than the champion by delta, no class much worse, not much slower, on the same validation set."""
 
 import ast
+import hashlib
 import json
 import re
 import subprocess
@@ -56,10 +57,10 @@ def decide(validation: Path, tmp_path: Path) -> Callable[..., Decision]:
     return run
 
 
-def deployed(repository: Path, detector: dict[str, Any]) -> Path:
+def deployed(repository: Path, detector: dict[str, Any], engine: str = "onnxruntime-fp32") -> Path:
     """Version 4 of cards, as a deployment leaves it; its folder."""
     file = square_detector(repository / "in.onnx", **detector)
-    record = Champion("cards", 4, [], 0.40, "an older set", "ab12", "2026-01-02", "me@here", {})
+    record = Champion("cards", 4, [], 0.40, "an older set", "ab12", "2026-01-02", "me@here", {}, engine)
     write_version(str(repository / "cards" / "4"), {"model.onnx": file, "smoke.npz": b"images"}, record)
     write_champion(str(repository), record, "")
     return repository / "cards" / "4"
@@ -71,7 +72,9 @@ def test_no_champion(tmp_path: Path) -> None:
     assert decision.deploy
     assert (decision.ap, decision.champion_ap, decision.comparison) == (0.01, None, None)
     assert "no champion" in decision.reason
-    assert json.loads((out / "gate.json").read_text())["deploy"] is True
+    written = json.loads((out / "gate.json").read_text())
+    assert written["deploy"] is True
+    assert written["onnx_sha256"] == hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
     assert "cards has no champion yet" in (out / "report.html").read_text()
 
 
@@ -88,6 +91,21 @@ def test_a_better_model_goes_live(decide: Callable[..., Decision]) -> None:
     assert comparison.classes[0].change == pytest.approx(0)
     assert comparison.classes[1].change == pytest.approx(2 * comparison.gain.change)
     assert decision.reason.startswith(f"AP {decision.ap:.4f} > {decision.champion_ap:.4f} of version 4 + 0 (gain +")
+
+
+def test_the_int8_file_of_an_earlier_export_is_not_judged(validation: Path, tmp_path: Path) -> None:
+    """A champion in int8 asks for one, but export leaves files alone that it doesn't write."""
+    deployed(tmp_path / "repository", {"grey": GREY, "margin": 4}, "onnxruntime-int8")
+    folder = onnx_folder(tmp_path / "onnx", validation=validation, grey=GREY)
+    square_detector(folder / "model.int8.onnx", grey=GREY, margin=8)
+
+    def ap(engines: dict[str, Any]) -> float:
+        parity = json.loads((folder / "parity.json").read_text()) | {"engines": engines}
+        (folder / "parity.json").write_text(json.dumps(parity))
+        return gate(str(folder), str(tmp_path / "repository"), "cards", bounds=ANY_SPEED, resamples=200).ap
+
+    assert ap({}) == ap({"onnxruntime-int8": {"refused": "it loses AP"}}) == pytest.approx(1)
+    assert ap({"onnxruntime-int8": {}}) < 0.9
 
 
 def test_the_same_model_is_not_better(decide: Callable[..., Decision]) -> None:

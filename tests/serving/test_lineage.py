@@ -13,7 +13,7 @@ from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, origin
 from softteacher.serving.canary_state import Canary, canary_folder, write_canary
 from softteacher.serving.lineage import champion_model, lineage, record, table
-from softteacher.serving.repository import Champion, write_champion
+from softteacher.serving.repository import Champion, read_onnx_folder, write_champion
 from softteacher.serving.version_folder import write_version
 from tests.helpers import onnx_folder
 
@@ -75,8 +75,12 @@ def world(root: str, trained: Path, tmp_path: Path) -> World:
 @EVERYWHERE
 def test_record(world: World, tmp_path: Path) -> None:
     model, onnx = world.deploy(1, image="r.example/train@sha256:ab", run_id="0a1b", git_sha="cd34")
-    decision = {"deploy": True, "reason": "cards has no champion yet", "ap": 0.1}
+    decision = {"deploy": True, "reason": "cards has no champion yet", "ap": 0.1, "onnx_sha256": "of another model"}
     (tmp_path / "gate").mkdir()
+    (tmp_path / "gate" / "gate.json").write_text(json.dumps(decision))
+    with pytest.raises(UserError, match="is the decision on another model"):
+        record(model, onnx, world.repository, "cards", world.registry, gate=str(tmp_path / "gate"))
+    decision["onnx_sha256"] = read_onnx_folder(Path(onnx)).sha256
     (tmp_path / "gate" / "gate.json").write_text(json.dumps(decision))
     facts = record(model, onnx, world.repository, "cards", world.registry, gate=str(tmp_path / "gate"))
     place = f"{world.registry}/cards/1"

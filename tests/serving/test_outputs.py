@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from softteacher.serving.outputs import nonsense
+from softteacher.serving.outputs import MASKS, nonsense, to_detections
 
 
 def good() -> dict[str, np.ndarray]:
@@ -48,3 +48,24 @@ def test_nonsense(change: Callable[[dict[str, np.ndarray]], object], complaint: 
     found = nonsense(answer, images=2, classes=2)
     assert (found is None) == (complaint is None)
     assert complaint is None or complaint in (found or "")
+
+
+def test_what_lies_in_the_padding() -> None:
+    """An image of 100 x 60 on a larger canvas: boxes end at its edge and take their part of the mask with them."""
+    mask = np.zeros((28, 28), np.float32)
+    mask[:, :14] = 1
+    answer = {
+        "num_detections": np.array([[3]], np.int32),
+        "detection_boxes": np.array([[[60, 10, 120, 50], [105, 10, 120, 50], [10, 10, 38, 38]]], np.float32),
+        "detection_scores": np.array([[0.9, 0.8, 0.7]], np.float32),
+        "detection_classes": np.array([[0, 1, 0]], np.int32),
+        MASKS: np.stack([mask, mask, mask])[None],
+    }
+    found = to_detections(answer, 0, (1, 1), (100, 60))
+    assert found.boxes.tolist() == [[60, 10, 100, 50], [10, 10, 38, 38]]
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7])
+    assert found.masks is not None
+    np.testing.assert_array_equal(found.masks[1], mask)
+    # half of the box of 60 is 30 of the 40 pixels that are left: 21 of 28 cells
+    np.testing.assert_array_equal(found.masks[0] > 0.5, np.broadcast_to(np.arange(28) < 21, (28, 28)))
+    assert (answer[MASKS][0, 0] == mask).all()

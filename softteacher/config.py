@@ -31,7 +31,7 @@ else:
 AFTER_TRAINING = (
     *("detector.score_threshold", "detector.nms_threshold", "detector.max_detections"),
     "detector.refine_boxes",
-    *("training.device", "training.precision", "training.evaluate_batch", "data.workers"),
+    *("training.device", "training.precision", "training.evaluate_batch", "data.workers", "data.max_bad_images"),
 )
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=32, le=8192)]

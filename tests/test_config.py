@@ -172,7 +172,10 @@ def test_changed_after_the_training():
     assert change_settings(changed, ["export.engines=[]"]).detector == changed.detector
     assert change_settings(settings, []) == settings
     for override, message in (
-        ("detector.name=fasterrcnn_tiny_fpn", r"is decided when the model is trained; later there are export\.\*, "),
+        (
+            "detector.name=fasterrcnn_tiny_fpn",
+            r"is decided when the model is trained; later there are export\.\*, .*max_bad_images",
+        ),
         ("detector.score_treshold=1", r"did you mean detector\.score_threshold"),
         ("export.max_ap_loss=2", "less than or equal to 1"),
     ):

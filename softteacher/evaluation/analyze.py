@@ -158,7 +158,9 @@ def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
     best = max(rows, key=lambda row: row["f1"] or 0.0)
     adaptive = method.threshold == "adaptive"
     fixed = ("pool_threshold",) if adaptive else ("pool_threshold", "rpn_threshold", "cls_threshold")
-    thresholds: dict[str, np.ndarray] = {name: np.full(len(objects), getattr(method, name)) for name in fixed}
+    # no box under the pool's threshold teaches anything
+    values = {name: max(getattr(method, name), method.pool_threshold) for name in fixed}
+    thresholds = {name: np.full(len(objects), value) for name, value in values.items()}
     if adaptive:
         thresholds["adaptive"] = _adaptive(boxes, objects, method)
     per_class = {}
@@ -166,7 +168,7 @@ def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
         own = boxes["label"] == label
         score, correct = boxes["score"][own], boxes["correct"][own]
         per_class[name] = {"objects": count} | {
-            key: _at(score, correct, count, float(values[label])) for key, values in thresholds.items()
+            key: _at(score, correct, count, float(by_class[label])) for key, by_class in thresholds.items()
         }
     pool = method.pool_threshold if (boxes["score"] > method.pool_threshold).sum() >= ENOUGH else 0.0
     seen = boxes["score"] > pool
@@ -178,8 +180,8 @@ def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
         "curve": {key: [row[key] for row in rows] for key in ("threshold", "precision", "recall", "f1")},
         "best_f1": best if best["f1"] else dict.fromkeys(best),
         "at": {
-            key: _at(boxes["score"], boxes["correct"], total, getattr(method, key, values[boxes["label"]]))
-            for key, values in thresholds.items()
+            key: _at(boxes["score"], boxes["correct"], total, values.get(key, by_class[boxes["label"]]))
+            for key, by_class in thresholds.items()
         },
         "localisation": {
             "above": pool,
@@ -199,10 +201,7 @@ def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
 
 
 def _adaptive(boxes: dict[str, np.ndarray], objects: dict[str, int], method: MethodSettings) -> np.ndarray:
-    """What `method.threshold=adaptive` would choose for each class on these images; of training only it is known there.
-
-    No box under the pool's threshold teaches anything.
-    """
+    """What `method.threshold=adaptive` would choose for each class on these images; that of training isn't known."""
     found = [torch.from_numpy(boxes[key])[None] for key in ("score", "label")]  # as of one image with all objects
     frequency = torch.tensor([*objects.values()], dtype=torch.float32)
     values = ClassThresholds(method, frequency).quantiles(*found).double().numpy() if len(boxes["score"]) else 0.0
@@ -257,18 +256,21 @@ def _advice(facts: dict[str, Any], method: MethodSettings) -> str:
         at, here, more, less = facts["at"]["adaptive"], "the adaptive thresholds", "higher", "lower"
         setting, fewer = "adaptive_share", at["recall"] < (at["precision"] or 1.0)
     else:
+        deciding = max(("cls_threshold", "pool_threshold"), key=lambda name: float(getattr(method, name)))
         at, here, more, less = (
             facts["at"]["cls_threshold"],
-            f"cls_threshold {method.cls_threshold:g}",
+            f"{deciding} {getattr(method, deciding):g}",
             "lower",
             "higher",
         )
-        setting, fewer = "cls_threshold", best["threshold"] < method.cls_threshold
+        setting, fewer = "cls_threshold", best["threshold"] < at["threshold"]
     recall, there = at["recall"], f"the best F1 ({best['f1']:.2f}) is at {best['threshold']:.2f}"
     if (at["f1"] or 0.0) >= NEARLY * best["f1"]:
         fits = "The adaptive thresholds fit" if method.threshold == "adaptive" else f"{here} fits"
         return f"{fits}: precision {at['precision']:.2f}, recall {recall:.2f}; {there}."
     if fewer:
+        if best["threshold"] < method.pool_threshold:  # which stands before those of the classes
+            setting = f"{setting}, and a lower method.pool_threshold"
         taught = "most objects are" if recall < 0.5 else f"{1 - recall:.0%} of the objects are"
         lost = f"{taught} taught as background; {there}. Try a {more} method.{setting}."
         return f"At {here} the recall is {recall:.2f}: {lost}"

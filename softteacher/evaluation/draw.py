@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ def draw(
     detections: Detections,
     classes: Sequence[str],
     truth: Detections | None = None,
-    masks: Sequence[np.ndarray] = (),
+    masks: Iterable[np.ndarray] = (),
 ) -> Image.Image:
     """A copy of an image with boxes, class names and scores, masks half-transparent; ground truth is dashed in white.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def image_f1(dataset: CocoDataset, index: int, found: Detections) -> float:
     return 2 * float(best[best > 0.5].sum()) / (len(boxes) + len(found))
 
 
-def example(dataset: CocoDataset, index: int, found: Detections, masks: Sequence[np.ndarray] = ()) -> str:
+def example(dataset: CocoDataset, index: int, found: Detections, masks: Iterable[np.ndarray] = ()) -> str:
     """The `src` of a picture of an image with detections and ground truth.
 
     Args:

@@ -19,6 +19,7 @@ from softteacher.data.images import BadImage, inference_size, resize
 from softteacher.data.loader import pad
 from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
+from softteacher.device import is_out_of_memory
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.evaluation.shard import Shard
@@ -78,7 +79,12 @@ def detect_dataset(
             good = [x for x in loaded if not isinstance(x, str)]
             if good:
                 sizes = torch.tensor([image.shape[:2] for _, image, _ in good])
-                batch = detector(pad([image for _, image, _ in good]).to(device), sizes.to(device))
+                try:
+                    batch = detector(pad([image for _, image, _ in good]).to(device), sizes.to(device))
+                except (RuntimeError, MemoryError) as e:
+                    if not is_out_of_memory(e):
+                        raise
+                    raise UserError(f"{title}: out of memory; --set training.evaluate_batch=1 (now {size})") from e
                 for (image_id, _, scale), detections in zip(good, batch, strict=True):
                     d = detections.numpy()
                     d.boxes = d.boxes / scale

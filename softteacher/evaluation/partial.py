@@ -80,8 +80,10 @@ def load_found(parts: Sequence[str], name: str, source: ModelFolder, dataset: Co
 
 
 def _about(source: ModelFolder, dataset: CocoDataset) -> dict[str, Any]:
-    detector = source.settings.model_dump(mode="json")["detector"]
-    return {"model": source.provenance["sha256"], "data": dataset.fingerprint(), "detector": detector}
+    tree = source.settings.model_dump(mode="json")
+    # a shard is every n-th batch
+    how = {"detector": tree["detector"], **{key: tree["training"][key] for key in ("evaluate_batch", "precision")}}
+    return {"model": source.provenance["sha256"], "data": dataset.fingerprint(), **how}
 
 
 def _read(uri: str) -> dict[int, Detections]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
+from PIL import Image
 
 from softteacher import storage
 from softteacher.console import say
@@ -126,14 +127,16 @@ def rank(
         })  # fmt: skip
     with storage.output_folder(out) as folder:
         _write_list(folder, rows)
-        tree, tiles = _empty_coco(dataset, source), []
+        tree = _empty_coco(dataset, source)
+        tiles: list[Image.Image] = []
         for row, n in zip(rows, chosen, strict=True):
             picture, boxes = read_image(dataset, n)[0], sure[dataset.images[n].id]
             _add_image(tree, dataset, n, picture.size, boxes)
-            caption = f"{row['rank']}. {row['file_name']}: {row['reason']}"
-            tiles.append(tile(picture, boxes, source.classes, caption))
+            if len(tiles) < ON_SHEET:
+                caption = f"{row['rank']}. {row['file_name']}: {row['reason']}"
+                tiles.append(tile(picture, boxes, source.classes, caption))
         (folder / "to_label.json").write_text(json.dumps(tree))
-        contact_sheet(tiles[:ON_SHEET]).save(folder / "contact_sheet.jpg", quality=88)
+        contact_sheet(tiles).save(folder / "contact_sheet.jpg", quality=88)
     say(
         f"rank: {len(rows)} of {len(dataset)} images -> {out}; labels counted in {origin}; "
         f"{skipped} near-duplicates put behind the others"
@@ -177,10 +180,15 @@ def choose(order: list[int], features: np.ndarray, top: int) -> tuple[list[int],
     centred /= np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-9)
     taken: list[int] = []
     later: list[int] = []
+    of_taken = np.empty((min(top, len(order)), centred.shape[1]), centred.dtype)
     for n in order:
         if len(taken) == top:
             break
-        (later if taken and (centred[taken] @ centred[n]).max() > SAME else taken).append(n)
+        if (of_taken[: len(taken)] @ centred[n]).max(initial=-1) > SAME:
+            later.append(n)
+        else:
+            of_taken[len(taken)] = centred[n]
+            taken.append(n)
     return (taken + later)[:top], len(later)
 
 
@@ -213,6 +221,8 @@ def _reason(terms: np.ndarray, d: Observed, classes: list[str], counts: np.ndarr
     seen = d.labels[d.scores > LOWEST_SCORE]
     if not len(seen):
         return "nothing found"
+    if not terms.max():
+        return "nothing stands out"
     rare = min(seen.tolist(), key=lambda label: (counts[label], label))
     words = {
         "variance": "box edges unsure",

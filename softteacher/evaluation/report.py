@@ -87,6 +87,8 @@ def verdict(metrics: dict[str, Any], images: int) -> str:
     """The result in a sentence or two."""
     shown = metrics["weights"]
     other = "student" if shown == "teacher" else "teacher"
+    if metrics["AP"] < 0:  # as COCO's evaluation says it
+        return f"There is no object to find on {images} image{'s' * (images != 1)}, so there is no AP."
     text = f"The {shown} reaches an AP of {metrics['AP']:.3f} on {images} image{'s' * (images != 1)}"
     if other in metrics and shown in metrics:
         lead = round(metrics["AP"] - metrics[other]["AP"], 3)
@@ -120,5 +122,6 @@ def _card(
 ) -> tuple[str, str]:
     record = dataset.images[index]
     shown = [r for r in results if r["image_id"] == record.id and r["score"] > SHOWN_SCORE]
-    masks = [coco_mask.decode(r["segmentation"]) > 0 for r in shown if "segmentation" in r]
+    # one at a time: of a large photograph each takes as much as a grey copy of it
+    masks = (coco_mask.decode(r["segmentation"]) > 0 for r in shown if "segmentation" in r)
     return example(dataset, index, found[record.id], masks), f"{record.file_name} (id {record.id})"

@@ -21,6 +21,8 @@ def score_histogram(scores: Tensor) -> dict[str, float]:
 def pseudo_box_quality(found: list[Detections], boxes: list[Tensor], labels: list[Tensor]) -> dict[str, float]:
     """Precision and recall of pseudo boxes against hidden labels at IoU .5, which no loss ever sees.
 
+    Images without objects are left out: of most nothing is known, as they came without labels beside others with them.
+
     Args:
         found: the pseudo boxes of each image, best first.
         boxes: B x [n, 4] the truth in the same view.
@@ -31,11 +33,13 @@ def pseudo_box_quality(found: list[Detections], boxes: list[Tensor], labels: lis
     """
     hits, claimed, there = 0, 0, 0
     for d, truth, classes in zip(found, boxes, labels, strict=True):
+        if not len(truth):
+            continue
         free = torch.ones(len(truth), dtype=torch.bool, device=truth.device)
         overlap = box_iou(d.boxes, truth) * (d.labels[:, None] == classes)
         for row in overlap:
-            best = (row * free).argmax() if len(truth) else None
-            if best is not None and row[best] * free[best] > 0.5:
+            best = (row * free).argmax()
+            if row[best] * free[best] > 0.5:
                 free[best], hits = False, hits + 1
         claimed, there = claimed + len(d), there + len(truth)
     return {

@@ -68,7 +68,7 @@ class OneStageSoftTeacher(SoftTeacher):
         weights = torch.where(negative, weights, 1.0)
         losses = {"cls": focal_loss(dense.logits, cls_targets, weights)} | box_losses(dense, reg_targets)
         facts = {
-            f"pseudo_boxes_{k}": sum(map(len, b)) / len(pool)
+            f"pseudo_boxes_{k}": sum(map(len, b)) / (len(pool) * (1 + mixed))
             for k, b in (("cls", for_cls), ("reg", for_reg), ("pool", [p.detections for p in pool]))
         }
         return losses, facts | {"reliability": float(weights[negative].mean())}

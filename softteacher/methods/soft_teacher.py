@@ -102,7 +102,7 @@ class SoftTeacher(TeacherMethod):
         sure = [self.confident(p.found, s.cls_threshold) for p in pool]
         losses |= self.further_losses(features, cls_rois, sure, part)
         facts = {
-            f"pseudo_boxes_{k}": sum(map(len, b)) / len(pool)
+            f"pseudo_boxes_{k}": sum(map(len, b)) / (len(pool) * (1 + mixed))
             for k, b in (("rpn", for_rpn), ("cls", for_cls), ("reg", for_reg), ("pool", [p.detections for p in pool]))
         }
         negative = cls_rois.labels == self.student.classes

@@ -32,8 +32,10 @@ def self_label(
     Raises:
         UserError: no such model, other classes, or the teacher is sure of nothing.
     """
+    here = {"data": ("max_bad_images", "workers"), "training": ("evaluate_batch",)}  # of this run, not of that
+    overrides = [f"{group}.{key}={getattr(getattr(settings, group), key)}" for group in here for key in here[group]]
     with storage.local_input(model) as path:
-        source = ModelFolder(path, model)
+        source = ModelFolder(path, model, overrides)
         if source.categories != categories:
             raise UserError(
                 f"method.label_model={model}: has other classes than the labelled set; give one with the same"

@@ -26,6 +26,7 @@ from softteacher.data.check import report_broken
 from softteacher.data.coco import CocoDataset
 from softteacher.data.loader import Batch
 from softteacher.detectors.base import Detector
+from softteacher.device import is_out_of_memory
 from softteacher.errors import UserError
 from softteacher.methods import Method
 from softteacher.training.checkpoint import Checkpoints
@@ -283,6 +284,8 @@ def run_training(
                 scores = {f"{name}_AP": m["AP"] for name, m in metrics.items()}
                 log.write({"step": p.step, **scores, "evaluation_seconds": seconds})
                 saved = -1  # the checkpoint of this step, if there is one, doesn't know of the evaluation
+            if "unlabeled" in sets and p.step <= trainer.settings.burn_in_steps:
+                p.worse = 0  # patience is for pseudo labels, which burn-in hasn't seen
             if s.patience and p.worse >= s.patience:
                 say(f"step {p.step}: {p.worse} validations without a better teacher: stopped early")
                 break
@@ -358,10 +361,11 @@ def _memory_explained(progress: Progress) -> Iterator[None]:
         text = (str(e).splitlines() or [""])[0][:200]
         if "DataLoader worker" in text:
             what = f"a loader process was killed ({text}); lower data.workers or data.short_side"
-        elif isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        elif is_out_of_memory(e):
             what = (
-                f"out of memory ({text}); lower data.short_side, training.unlabeled_per_batch (and raise "
-                "training.accumulate), detector.roi_batch or detector.proposals_train"
+                f"out of memory ({text}); set training.separate_backward=true, or lower data.short_side, "
+                "training.unlabeled_per_batch (and raise training.accumulate), detector.roi_batch or "
+                "detector.proposals_train"
             )
         else:
             raise

@@ -38,7 +38,7 @@ def guard(trainer: Trainer, ap: float) -> None:
         return
     if ap >= TOLERANCE * p.supervised:
         return
-    p.harm += 1
+    p.harm, p.worse = p.harm + 1, 0  # what comes now is another training
     method.trust = 0.0 if p.harm > LAST else method.trust / 2
     trainer.teacher.load_state_dict(p.best["teacher"])
     trainer.student.load_state_dict(p.best["student"])
@@ -69,15 +69,20 @@ def _findings(trainer: Trainer, line: dict[str, float]) -> Iterator[tuple[str, s
     if taught < PATIENCE or "pseudo_boxes_cls" not in line:
         return
     there, used = float(method.frequency.sum()), line["pseudo_boxes_cls"]
-    if s.method.threshold == "adaptive":
+    lowest = "pool_threshold"
+    if s.method.name == "stac":  # its labels are made before it starts, by one threshold
+        lowest, more, of_class = "cls_threshold", "lower method.cls_threshold", "lower method.cls_threshold"
+    elif s.method.threshold == "adaptive":
         more, of_class = "lower method.pool_threshold or raise method.adaptive_share", "lower method.pool_threshold"
     else:
-        more, of_class = "set method.threshold=adaptive, or lower method.cls_threshold", "set method.threshold=adaptive"
+        of_class = "set method.threshold=adaptive"
+        blocks = "cls_threshold" if s.method.cls_threshold > s.method.pool_threshold else "pool_threshold"
+        more = f"{of_class}, or lower method.{blocks}"
     if not line.get("pseudo_boxes_pool", used):
         yield (
             "nothing found",
-            f"the teacher finds nothing in the unlabelled images (no score above {s.method.pool_threshold:g}); train "
-            "longer on labels first (method.burn_in), lower method.pool_threshold, or check that both sets are alike",
+            f"the teacher finds nothing in the unlabelled images (no score above {getattr(s.method, lowest):g}); train "
+            f"longer on labels first (method.burn_in), lower method.{lowest}, or check that both sets are alike",
         )
     elif used < FEW * there:
         yield (

@@ -122,6 +122,20 @@ def test_advice(score, correct, objects, advice):
     assert summarize(boxes, {"cat": objects}, Settings().method)["advice"] == advice
 
 
+@pytest.mark.parametrize("preset", ["no-cls-threshold", "small"])
+def test_the_pool_stands_before_the_other_thresholds(preset):
+    """What is under it teaches nothing, whatever a class asks for."""
+    boxes = many([0.95] * 5 + [0.2] * 20, np.arange(25) < 5)
+    method = load_settings(preset, ["method.pool_threshold=0.5", "method.adaptive_share=2"]).method
+    facts = summarize(boxes, {"cat": 5}, method)
+    assert all((row["precision"], row["recall"]) == (1, 1) for row in facts["at"].values())
+    assert " precision 1.00, recall 1.00; " in facts["advice"]
+    assert facts["at"].get("cls_threshold", {"threshold": 0.5})["threshold"] == 0.5
+    low = summarize(many([0.4] * 5, np.ones(5, bool)), {"cat": 5}, method)
+    assert "most objects are taught as background" in low["advice"]
+    assert low["advice"].endswith("and a lower method.pool_threshold.")
+
+
 @pytest.mark.parametrize(
     ("share", "wrong", "advice"),
     [

@@ -14,7 +14,7 @@ from torch import nn
 from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.evaluation.observe import Observed
-from softteacher.evaluation.rank import MOST_ENTROPY, choose, measure, rank
+from softteacher.evaluation.rank import MOST_ENTROPY, _reason, choose, measure, rank
 from softteacher.evaluation.shard import Shard
 from tests.samples import coco_tree, write_coco, write_json
 
@@ -155,6 +155,11 @@ def test_measure(boxes, expected):
 def test_choose(order, top, expected):
     features = np.array([[100, 1, 0], [100, 1.001, 0], [100, -1, 1], [100, -1, -1]], np.float32)
     assert choose(order, features, top) == expected
+
+
+def test_an_image_that_is_like_all_others_is_not_called_unsure():
+    d = Observed(np.zeros((1, 4)), np.array([0.9]), np.array([0]), variance=np.zeros(1), feature=np.zeros(1))
+    assert _reason(np.zeros(3), d, ["cat"], np.array([500])) == "nothing stands out"
 
 
 def test_images_that_are_all_the_same_are_all_listed():

@@ -48,6 +48,8 @@ def test_evaluate(trained, manifests, tmp_path):
         evaluate(str(trained), str(manifests / "labeled.json"), str(tmp_path / "wrong"), parts=parts)
     with pytest.raises(UserError, match="is of another model, data set or --set"):
         evaluate(*arguments, str(tmp_path / "wrong"), parts=parts, overrides=["detector.score_threshold=0.3"])
+    with pytest.raises(UserError, match="is of another model, data set or --set"):  # of which the shares are others
+        evaluate(*arguments, str(tmp_path / "wrong"), parts=parts, overrides=["training.evaluate_batch=2"])
     Path(parts[1], "student.npz").write_bytes(b"x")
     with pytest.raises(UserError, match=r"student\.npz: torn, or not ours; run this shard again"):
         evaluate(*arguments, str(tmp_path / "wrong"), parts=parts)

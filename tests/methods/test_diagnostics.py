@@ -23,7 +23,7 @@ def found(boxes, labels):
         (found([A, A], [0, 0]), ([A], [0]), 0.5, 1),  # each object counts once
         (found([A, FAR], [0, 0]), ([A, B, B], [0, 0, 0]), 0.5, 1 / 3),
         (found([], []), ([A], [0]), math.nan, 0),
-        (found([A], [0]), ([], []), 0, math.nan),
+        (found([A], [0]), ([], []), math.nan, math.nan),  # nothing is known of it
         (found([[0.0, 0, 10, 4]], [0]), ([A], [0]), 0, 0),  # IoU .4
     ],
 )
@@ -34,10 +34,9 @@ def test_precision_and_recall(pseudo, truth, precision, recall):
 
 
 def test_over_all_images():
-    boxes = [torch.tensor([A]), torch.tensor([A, B])]
-    quality = pseudo_box_quality(
-        [found([A], [0]), found([FAR], [0])], boxes, [torch.zeros(1).long(), torch.zeros(2).long()]
-    )
+    boxes = [torch.tensor([A]), torch.tensor([A, B]), torch.zeros(0, 4)]
+    labels = [torch.zeros(len(b)).long() for b in boxes]
+    quality = pseudo_box_quality([found([A], [0]), found([FAR], [0]), found([A], [0])], boxes, labels)
     assert quality == pytest.approx({"pseudo_precision": 1 / 2, "pseudo_recall": 1 / 3})
 
 

@@ -100,6 +100,42 @@ def test_warnings(capsys, threshold, step, line, said):
     assert "method.threshold=adaptive" not in text or threshold == "fixed"  # no advice to do what is done
 
 
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["method.cls_threshold=0.4"], "method.threshold=adaptive, or lower method.pool_threshold"),
+        (["method.threshold=fixed"], "method.threshold=adaptive, or lower method.cls_threshold"),
+        (["method.name=stac", "method.threshold=adaptive"], "background; lower method.cls_threshold"),
+    ],
+)
+def test_the_advice_is_a_setting_that_has_an_effect(capsys, overrides, advice):
+    made = trainer(*overrides)
+    made.progress.step = 400
+    warn(made, {"pseudo_boxes_cls": 0.5})
+    assert advice in " ".join(capsys.readouterr().err.split())
+
+
+def test_patience_is_for_pseudo_labels(tmp_path, capsys):
+    """Neither burn-in uses it up, nor what the guard goes back from."""
+    scores = {10: 0.4, 70: 0.2, 80: 0.2}  # else no better and no harm
+    chosen = ["training.iterations=120", "method.burn_in=0.5", "training.evaluate_every=10", "training.patience=3"]
+
+    class Counting(Fake):
+        def losses(self, batch, step):
+            return {"a": self.student.weight.sum()}, {}
+
+    fake = Counting()
+    made = Trainer(fake.student, fake.teacher, fake, load_settings(None, chosen), torch.device("cpu"))
+    validate = lambda: {"teacher": {"AP": scores.get(made.progress.step, 0.39)}}  # noqa: E731
+    sets = {"labeled": None, "unlabeled": None}
+    run_training(made, itertools.repeat(Batch(noise_views())), sets, tmp_path, None, validate)
+    text = " ".join(capsys.readouterr().err.split())
+    assert "step 80: pseudo labels do harm" in text
+    assert fake.trust == 0.25
+    assert "step 110: 3 validations without a better teacher: stopped early" in text
+    assert made.progress.step == 110
+
+
 def test_the_trainer_asks_both(tmp_path, capsys):
     """The reference is the end of burn-in, which is no validation of its own; the end is another."""
 

@@ -86,6 +86,10 @@ class ClusterOptions:
                 f"--nodes {self.nodes}: they share checkpoints and model through S3; "
                 "add --checkpoints s3://bucket/prefix"
             )
+        if self.checkpoints and not is_s3(self.checkpoints):
+            raise UserError(
+                f"--checkpoints {self.checkpoints}: is in the pod, and lost with it; write s3://bucket/prefix"
+            )
         if self.pipeline_root and "://" not in self.pipeline_root:
             raise UserError(f"--pipeline-root {self.pipeline_root}: write a prefix such as s3://bucket/kfp")
         self.parsed_selector()

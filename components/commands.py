@@ -16,7 +16,8 @@ from components.local import run_local
 from components.options import options_of, with_options
 from components.server import Server, is_enabled, read_package
 from components.steps import steps_of
-from softteacher.choices import Backend, Runner, ServedEngine, check_percent
+from softteacher import storage
+from softteacher.choices import Backend, Runner, ServedEngine, check_name, check_percent
 from softteacher.config import load_settings
 from softteacher.errors import UserError
 
@@ -30,6 +31,8 @@ TYPES = {
     "node_selector": list[str],
     "tolerations": list[str],
 }
+
+PLACES = {"data", "unlabeled", "source", "state", "base", "repository", "registry", "labels"}
 
 Package = Annotated[Path, typer.Argument(help="YAML that `compile` wrote")]
 Host = Annotated[str, typer.Option(help="URL of Kubeflow Pipelines")]
@@ -103,9 +106,11 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
         ] = None,
         **parameters: Any,
     ) -> None:
+        if outputs:
+            storage.write_bytes(outputs, b"{}")  # can it be written? that is better known before hours of work
         text = json.dumps(run_local(local, _checked(parameters), pipeline_root, runner), indent=1)
         if outputs:
-            outputs.write_text(text)
+            storage.write_bytes(outputs, text.encode())
         else:
             print(text)
 
@@ -118,7 +123,7 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
         service_account: Account = None,
         **parameters: Any,
     ) -> None:
-        checked = _checked(parameters)
+        checked = _on_store(_checked(parameters))
         _check_package(package, pipeline)
         server = Server(host, namespace, token)
         print(server.submit(package, checked, experiment=experiment, service_account=service_account))
@@ -134,7 +139,7 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
         service_account: Account = None,
         **parameters: Any,
     ) -> None:
-        checked, fields = _checked(parameters), kfp_cron(cron)
+        checked, fields = _on_store(_checked(parameters)), kfp_cron(cron)
         _check_package(package, pipeline)
         job = job or f"{pipeline.name}-{checked['name']}"
         server = Server(host, namespace, token)
@@ -162,12 +167,37 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
 
 def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a pipeline, if a run with them can begin."""
-    load_settings(parameters["preset"], [*parameters["overrides"], f"method.name={parameters['method']}"])
+    from softteacher.serving.repository import REFERENCE_ENGINE, Runtime
+
+    settings = load_settings(parameters["preset"], [*parameters["overrides"], f"method.name={parameters['method']}"])
+    check_name(parameters["name"])
+    repository, registry = (f"{parameters.get(key, '').rstrip('/')}/" for key in ("repository", "registry"))
+    if registry.startswith(repository):
+        raise UserError(
+            f"--registry {registry}: is in Triton's repository, where only Triton's models are; choose another"
+        )
+    if parameters["triton"]:
+        engine = parameters["triton_engine"]
+        Runtime(parameters["triton_backend"], engine, parameters["triton_gpu"])
+        if engine != REFERENCE_ENGINE and engine not in settings.export.engines:
+            known = [*settings.export.engines, engine]
+            raise UserError(
+                f"--triton-engine {engine}: export must measure it; --set 'export.engines=[{', '.join(known)}]'"
+            )
     check_percent(parameters.get("percent", 10), parameters.get("unlabeled"))
     if not 0 <= parameters.get("new_share", 0) <= 1:
         raise UserError(f"--new-share {parameters['new_share']:g}: must be from 0 to 1, e.g. 0.5")
     if not 0 <= parameters.get("canary", 0) < 1:
         raise UserError(f"--canary {parameters['canary']:g}: must be 0 or more and less than 1, e.g. 0.1")
+    return parameters
+
+
+def _on_store(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters, if the places that they name are there for every pod."""
+    for name in sorted(PLACES & parameters.keys()):
+        for place in parameters[name] if isinstance(parameters[name], list) else [parameters[name]]:
+            if place and not storage.is_s3(place):
+                raise UserError(f"--{name} {place}: is in the pod, and lost with it; write s3://bucket/prefix")
     return parameters
 
 

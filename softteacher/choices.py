@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,3 +45,15 @@ def check_percent(percent: float, unlabeled: str | None) -> None:
         raise UserError(f"--percent {percent:g}: must be more than 0 and at most 100, e.g. 10")
     if percent == 100 and not unlabeled:
         raise UserError("--percent 100: leaves no unlabelled image; give others with --unlabeled, or less, e.g. 10")
+
+
+def check_name(name: str) -> None:
+    """Whether a model can be served under a name.
+
+    Raises:
+        UserError: it can't.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"--name {name}: only letters, digits, - and _ make a model's name")
+    if name.endswith(("-candidate", "-canary")):
+        raise UserError(f"--name {name}: names with that ending are taken, for models on trial; choose another")

@@ -214,7 +214,8 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
 
     Where only the publishing fails, the folder is kept and the error names it: hours of work may be in it.
 
-    Nothing half-written is ever seen at `uri`; files there that the block did not write stay as they are.
+    No file is ever seen half-written at `uri`, and `provenance.json`, by which a folder is known to be whole, comes
+    last; files there that the block did not write stay as they are.
 
     Example:
         >>> with output_folder("s3://bucket/run-1") as folder:        # doctest: +SKIP
@@ -240,14 +241,14 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     try:
-        if is_s3(uri):
-            copy(scratch, uri)
-        else:
+        for info in sorted(list_files(scratch), key=lambda info: info.name == "provenance.json"):
+            if is_s3(uri):
+                _copy_file(scratch / info.name, join(uri, info.name))
+                continue
             with _explained(uri):
-                for info in list_files(scratch):
-                    target = Path(uri, info.name)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    (scratch / info.name).replace(target)
+                target = Path(uri, info.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (scratch / info.name).replace(target)
     except UserError as e:
         raise UserError(f"{e}; the finished result is kept in {scratch}") from e
     shutil.rmtree(scratch, ignore_errors=True)

@@ -317,6 +317,7 @@ def test_many_nodes_need_a_prefix_on_s3(tmp_path: Path, capsys, checkpoints):
             ("--step-timeout", "nan"),
             ("--run-timeout", "inf"),
         ],
+        ("--checkpoints", "models/checkpoints"),
         ("--pipeline-root", "bucket/kfp"),
     ],
 )

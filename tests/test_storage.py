@@ -20,6 +20,18 @@ def names(uri: str) -> list[str]:
     return [f.name for f in storage.list_files(uri)]
 
 
+def test_what_tells_that_a_folder_is_whole_comes_last(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may be killed while the weights are on their way."""
+    order: list[str] = []
+    copy, replace = storage._copy_file, Path.replace
+    monkeypatch.setattr(storage, "_copy_file", lambda a, b: order.append(Path(a).name) or copy(a, b))
+    monkeypatch.setattr(Path, "replace", lambda a, b: order.append(a.name) or replace(a, b))
+    with storage.output_folder(f"{base}/model") as folder:
+        for name in ("provenance.json", "classes.json", "teacher.pt"):
+            (folder / name).write_text(name)
+    assert [name for name in order if not name.startswith(".")] == ["classes.json", "teacher.pt", "provenance.json"]
+
+
 def test_round_trip(base: str) -> None:
     for uri, data in ((f"{base}/a b/ü.bin", bytes(range(256)) * 50_000), (f"{base}/empty", b"")):
         storage.write_bytes(uri, data)

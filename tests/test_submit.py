@@ -50,6 +50,29 @@ def test_submit(kfp: KfpServer, package: Path, capsys):
     assert uploaded["pipelineInfo"]["name"] == "training-pipeline"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--triton-engine", "openvino-bf16"], "Triton's backend onnxruntime can't run it; --backend openvino"),
+        (
+            ["--triton-engine", "openvino-int8", "--triton-backend", "python"],
+            "export must measure it; --set 'export.",
+        ),
+        (["--triton-engine", "openvino-bf16", "--triton-backend", "python", "--triton-gpu"], "does not run on GPUs"),
+        (["--name", "cards.v2"], "--name cards.v2: only letters, digits, - and _"),
+        (["--name", "cards-canary"], "--name cards-canary: names with that ending are taken"),
+        (["--registry", "s3://models/triton/registry"], "is in Triton's repository"),
+        (["--unlabeled", "stream"], "--unlabeled stream: is in the pod, and lost with it; write s3://bucket/prefix"),
+    ],
+)
+def test_what_a_step_would_refuse_after_hours_is_refused_now(kfp: KfpServer, package: Path, capsys, options, message):
+    code, _, err = start(capsys, "submit", package, kfp.url, *options)
+    assert code == 2
+    assert err.startswith("error: --")
+    assert message in err
+    assert not kfp.runs
+
+
 def test_submit_twice_uploads_once(kfp: KfpServer, package: Path, capsys, tmp_path: Path):
     other = tmp_path / "other.yaml"
     other.write_text(package.read_text() + "# changed\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import re
 import socket
 import time
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softteacher import storage
+from softteacher.choices import check_name
 from softteacher.console import say
 from softteacher.errors import UserError
 from softteacher.serving.canary_state import Canary, read_canary, refuse_beside
@@ -76,7 +76,7 @@ def deploy(
     Raises:
         UserError: the new version is not live; the message says what happened and what is.
     """
-    _check_name(name)
+    check_name(name)
     with storage.local_input(onnx) as folder:
         model = read_onnx_folder(folder)
         model.require(runtime)
@@ -149,7 +149,7 @@ def promote(repository: str, triton: str, name: str, *, keep: int = KEEP, timeou
     Raises:
         UserError: there is no canary, or it isn't good; the live version and the canary stay as they are then.
     """
-    _check_name(name)
+    check_name(name)
     with deployment(repository, triton, name, timeout) as target:
         if target.canary is None:
             raise UserError(f"{name}: there is no canary to promote; `softteacher deploy --canary 10%` starts one")
@@ -179,7 +179,7 @@ def rollback(repository: str, triton: str, name: str, *, timeout: float = TIMEOU
     Raises:
         UserError: there is no older version, or it doesn't answer as it did; the live version stays then.
     """
-    _check_name(name)
+    check_name(name)
     with deployment(repository, triton, name, timeout) as target:
         if target.champion is None:
             raise UserError(
@@ -268,10 +268,3 @@ def _who() -> str:
     except (KeyError, OSError):  # a container's user may have no name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
-
-
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise UserError(f"--name {name}: only letters, digits, - and _ make a model's name")
-    if name.endswith(("-candidate", "-canary")):
-        raise UserError(f"--name {name}: names with that ending are taken, for models on trial; choose another")

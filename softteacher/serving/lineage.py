@@ -71,7 +71,9 @@ def record(
             raise UserError(f"{onnx}: was not exported from {model}; give the two of one run")
         decision = json.loads(storage.read_bytes(storage.join(gate, "gate.json"))) if gate else None
         if decision and decision.get("onnx_sha256") != exported.sha256:
-            raise UserError(f"{gate}: is the decision on another model; give that of the same run")
+            older = "doesn't say of which model; run the gate again, or leave out --gate"
+            other = "is the decision on another model; give that of the same run"
+            raise UserError(f"{gate}: {other if 'onnx_sha256' in decision else older}")
         deployed, on_trial = _deployed(repository, name, exported.sha256)
         place = storage.join(registry, name, str(deployed.version))
         before = _read(place)

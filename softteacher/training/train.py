@@ -63,8 +63,8 @@ def train(
         validation: manifest or COCO json; scored at the end, and handed on in the model folder.
         out: the model folder, local or `s3://`. In a local one the log is in `log` as long as training goes on.
         settings: everything else.
-        checkpoints: folder or `s3://` prefix of the checkpoints; none: `checkpoints` in `out`. They are removed when
-            the model is there.
+        checkpoints: folder or `s3://` prefix of the checkpoints, and of STAC's labelling model; none: `checkpoints` and
+            `labeler` in `out`. Checkpoints are removed when the model is there.
 
     Returns:
         `metrics.json`: AP and more of teacher and student.
@@ -82,7 +82,9 @@ def train(
         try:
             place = checkpoints or join(out, "checkpoints")
             if settings.method.name == "stac" and not settings.method.label_model:
-                labeler, first = join(out, "labeler"), _with_method(settings, name="supervised")
+                # where a retry in another pod finds it, if there is such a place
+                labeler = join(checkpoints, "labeler-model") if checkpoints else join(out, "labeler")
+                first = _with_method(settings, name="supervised")
                 _train(labeled, None, validation, labeler, first, join(place, "labeler"), device)
                 settings = _with_method(settings, label_model=labeler)
             return _train(labeled, unlabeled, validation, out, settings, place, device)

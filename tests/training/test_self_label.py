@@ -43,15 +43,21 @@ def test_what_is_refused(trained, manifests, tmp_path):
         self_label(str(trained), other, other.categories, settings(), CPU)
 
 
-def test_the_whole_method(manifests, tmp_path):
-    """Without a model one is trained first, which stays beside the result; run again, nothing is done twice."""
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_whole_method(manifests, tmp_path, elsewhere):
+    """Without a model one is trained first, which stays beside the result, or where a retry in another pod finds it.
+
+    Run again, nothing is done twice.
+    """
     parts = [str(manifests / f"{name}.json") for name in ("labeled", "unlabeled", "validation")]
     chosen = settings("method.cls_threshold=0.05", "detector.score_threshold=0.01")
-    metrics = train(*parts, str(tmp_path / "out"), chosen)
-    assert ModelFolder(tmp_path / "out" / "labeler").settings.method.name == "supervised"
+    checkpoints = str(tmp_path / "kept") if elsewhere else None
+    labeler = tmp_path / "kept" / "labeler-model" if elsewhere else tmp_path / "out" / "labeler"
+    metrics = train(*parts, str(tmp_path / "out"), chosen, checkpoints)
+    assert ModelFolder(labeler).settings.method.name == "supervised"
     made = ModelFolder(tmp_path / "out")
-    assert made.settings.method.label_model == str(tmp_path / "out" / "labeler")
+    assert made.settings.method.label_model == str(labeler)
     rows = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
     assert rows[-1]["pseudo_boxes_cls"] > 0
     assert rows[-1]["unsup_cls"] > 0
-    assert train(*parts, str(tmp_path / "out"), chosen) == metrics
+    assert train(*parts, str(tmp_path / "out"), chosen, checkpoints) == metrics

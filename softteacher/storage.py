@@ -122,8 +122,12 @@ def exists(uri: str | Path) -> bool:
         return False
 
 
-def list_files(uri: str | Path) -> Iterator[FileInfo]:
+def list_files(uri: str | Path, *, follow: bool = False) -> Iterator[FileInfo]:
     """Every file below a folder or prefix, sorted by name; nothing if there is none, and not what is being written.
+
+    Args:
+        uri: of the folder or prefix.
+        follow: look into folders that are links, too, each real one once.
 
     Raises:
         UserError: the bucket or folder can't be read.
@@ -139,8 +143,13 @@ def list_files(uri: str | Path) -> Iterator[FileInfo]:
     if not Path(root).exists():
         return
     with _explained(uri):
-        found = []
-        for folder, _, names in os.walk(root, onerror=_raise):
+        found, seen = [], set()
+        for folder, below_it, names in os.walk(root, onerror=_raise, followlinks=follow):
+            if follow:
+                if (real := os.path.realpath(folder)) in seen:
+                    below_it.clear()
+                    continue
+                seen.add(real)
             below = Path(os.path.relpath(folder, root)).as_posix() + "/" if folder != root else ""
             for name in names:  # texts, not paths: there may be millions
                 if name.endswith(_PART) and name.startswith("."):

@@ -262,7 +262,8 @@ def find_images(source: str, images: list[ImageRecord]) -> str:
     """
     folder, name = source.rsplit("/", 1) if "/" in source else (".", source)
     split = PurePosixPath(name).stem.removeprefix("instances_").removeprefix("image_info_")
-    base = folder.rsplit("/", 1)[0] if "/" in folder.removeprefix("s3://") else "."
+    above = folder if storage.is_s3(folder) else "."  # of a json at the root of a bucket, or in the working folder
+    base = folder.rsplit("/", 1)[0] if "/" in folder.removeprefix("s3://") else above
     places = [f"{base}/images/{split}", f"{base}/images", f"{base}/{split}", base, f"{folder}/images", folder]
     for place in places:
         if not images or any(storage.exists(storage.join(place, i.file_name)) for i in images[:5]):

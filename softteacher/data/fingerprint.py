@@ -23,7 +23,11 @@ def fingerprint(data: str, unlabeled: str | None = None) -> str:
     """
     digest = hashlib.sha256()
     for source in filter(None, (data, unlabeled)):
-        files = [("", 0)] if source.endswith(".json") else [(f.name, f.size) for f in storage.list_files(source)]
+        files = (
+            [("", 0)]
+            if source.endswith(".json")
+            else [(f.name, f.size) for f in storage.list_files(source, follow=True)]
+        )
         if not files:
             raise UserError(f"{source}: no such folder or prefix, or it is empty; check the path")
         for name, size in files:

@@ -271,4 +271,12 @@ def _collate(
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the training decides when to end
+    # Ctrl-C reaches it too, and so does a SIGTERM to the whole process group, but the training decides when to end: it
+    # needs the images of the step under way. A second one, or ten minutes, end a worker that nobody ends otherwise.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def once(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(600)
+
+    signal.signal(signal.SIGTERM, once)

@@ -97,6 +97,7 @@ def demo(
             say(f"data: handwritten digits in cluttered scenes, look at {data}/images")
         local = Path(data).resolve()
         if not storage.is_s3(data):
+            storage.remove(f"{base}/data/{name}")  # an earlier run's
             data = _upload(data, f"{base}/data/{name}")
         if unlabeled and not storage.is_s3(unlabeled):
             if (more := Path(unlabeled).resolve()).is_relative_to(local):  # they are there already
@@ -142,7 +143,7 @@ def demo(
 
 
 def _upload(data: str, target: str) -> str:
-    files = list(storage.list_files(data))
+    files = list(storage.list_files(data, follow=True))
     for file in track(files, "upload", len(files)):
         storage.copy(storage.join(data, file.name), storage.join(target, file.name))
     say(f"data: {len(files)} files -> {target}")

@@ -101,7 +101,9 @@ class Claim:
         while True:
             etag = storage.etag(self.uri)
             theirs = read_claim(self.uri)
-            if theirs is None or _dead(theirs) or (first == theirs and time.monotonic() > until):
+            if theirs is None:
+                return ""  # it may have been given back since the etag was read
+            if _dead(theirs) or (first == theirs and time.monotonic() > until):
                 return etag
             here = self._mine.get("machine")
             if first not in (None, theirs) or (here and here == theirs.get("machine")):

@@ -124,5 +124,6 @@ class Checkpoints:
 
     def _write(self, uri: str, data: memoryview) -> None:
         storage.write_bytes(uri, data)
-        for name in self._names()[self.keep :]:
+        # besides this one, which may be of an earlier step than a torn one that the run could not go on from
+        for name in [n for n in self._names() if n != uri.rsplit("/", 1)[-1]][self.keep - 1 :]:
             storage.remove(storage.join(self.uri, name))

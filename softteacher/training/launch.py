@@ -43,6 +43,8 @@ def launch(
         return train(*arguments)
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is said below, in one line
+    # until it kills processes that were told to end: they save, to a store that may be slow; its own 30 s are few
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

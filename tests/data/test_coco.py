@@ -334,6 +334,18 @@ def test_on_s3(s3, tmp_path):
         load_coco(f"{s3}/bad/instances.json")
 
 
+def test_a_json_at_the_root_of_a_bucket(s3, tmp_path, monkeypatch):
+    """Its images are in the bucket, whatever is called so in the working folder."""
+    bucket = s3.removeprefix("s3://").split("/")[0]
+    folder = write_coco(tmp_path / "set")
+    storage.copy(folder / "annotations" / "instances_train.json", f"s3://{bucket}/rooted.json")
+    storage.copy(folder / "images", f"s3://{bucket}/images")
+    monkeypatch.chdir(folder)
+    assert load_coco(f"s3://{bucket}/rooted.json").uri(0) == f"s3://{bucket}/images/1.png"
+    for name in ("rooted.json", "images"):
+        storage.remove(f"s3://{bucket}/{name}")
+
+
 def test_real_coco_with_crowds_and_sparse_ids():
     file = SHARED / "datasets" / "coco80_mini" / "annotations" / "instances_val.json"
     if not file.exists():

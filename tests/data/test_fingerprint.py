@@ -33,6 +33,17 @@ def test_it_changes_with_the_listing_and_the_labels(data: str):
     assert fingerprint(data, f"{data}/images") not in seen
 
 
+def test_images_behind_a_link_count(tmp_path: Path):
+    """And a link that leads back up doesn't lead round in circles."""
+    storage.write_bytes(tmp_path / "disk" / "a.jpg", b"123")
+    storage.write_bytes(tmp_path / "data" / "annotations" / "instances_train.json", b"{}")
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "up").symlink_to(tmp_path / "data")
+    before = fingerprint(str(tmp_path / "data"))
+    storage.write_bytes(tmp_path / "disk" / "b.jpg", b"123")
+    assert fingerprint(str(tmp_path / "data")) != before
+
+
 @pytest.mark.parametrize("name", ["nothing", "nothing.json"])
 def test_there_is_nothing(data: str, name: str):
     with pytest.raises(UserError, match="nothing"):

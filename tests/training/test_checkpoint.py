@@ -22,6 +22,14 @@ def names(uri):
     return sorted(f.name for f in storage.list_files(uri))
 
 
+def test_a_torn_one_does_not_push_out_what_is_written_after_it(tmp_path):
+    """A power cut left it, and the run went on from an earlier step."""
+    storage.write_bytes(tmp_path / "c" / f"step-000000020-{'f' * 16}.pt", b"")
+    Checkpoints(str(tmp_path / "c"), RUN, keep=1).save(15, state(15), wait=True)
+    assert [name[:14] for name in names(tmp_path / "c")] == ["step-000000015"]
+    assert Checkpoints(str(tmp_path / "c"), RUN, keep=1).load()["step"] == 15
+
+
 @pytest.mark.parametrize("kind", ["disk", "s3"])
 def test_the_newest_comes_back_and_the_last_few_stay(kind, request, tmp_path):
     uri = place(kind, request, tmp_path)

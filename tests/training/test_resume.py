@@ -35,7 +35,8 @@ def start(manifests, out, *overrides):
     command = [sys.executable, "-m", "softteacher", "train", "--preset", "demo", "--out", str(out)]
     command += ["--labeled", labeled, "--unlabeled", unlabeled, "--validation", validation]
     command += [x for o in (*CHOSEN, *overrides) for x in ("--set", o)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=dict(os.environ), start_new_session=True, **pipes)
 
 
 def wait_for_a_checkpoint(out, process, steps=0):
@@ -109,11 +110,15 @@ def test_burn_in_of_other_settings_is_refused(manifests, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop(manifests, tmp_path, whole, number):
-    """The step under way ends, a checkpoint is written, the exit code says which signal it was."""
-    process = start(manifests, tmp_path / "m", "training.checkpoint_every=1")
+@pytest.mark.parametrize("group", [False, True])
+def test_told_to_stop(manifests, tmp_path, whole, number, group):
+    """The step under way ends, a checkpoint is written, the exit code says which signal it was.
+
+    `timeout` and Ctrl-C reach the loader processes, too.
+    """
+    process = start(manifests, tmp_path / "m", "training.checkpoint_every=1", f"data.workers={2 * group}")
     wait_for_a_checkpoint(tmp_path / "m", process)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if group else process.send_signal(number)
     started = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert time.monotonic() - started < 30

@@ -8,8 +8,8 @@ Every method has the same number of student iterations and of labelled images an
 labels. AP is the teacher's (the moving average of the student, which supervised training has too), at the best of the
 same number of validations. The methods share what burn-in made of a fold, which is the supervised run's first part:
 each ends with the bits of a run that did it by itself. A run that was cut off goes on, one whose result is there is not
-run again, and one that fails leaves the others alone. Writes `results/accuracy/<name>-<percent>-<method>-<fold>.json`
-for each run and `results/accuracy-<name>-<percent>.json`.
+run again (it is refused where settings or data are others), and one that fails leaves the others alone. Writes
+`results/accuracy/<name>-<percent>-<method>-<fold>.json` for each run and `results/accuracy-<name>-<percent>.json`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def main() -> None:
     if not a.table:
         if not a.data:
             parser.error("--data is needed to train")
+        a.source = source(a)
         methods = [*METHODS, *(m for m in a.methods if m in OTHERS)] if "all" in a.methods else a.methods
         # what others build on comes first: supervised training makes the burn-in of all, and the model STAC labels with
         order = {"supervised": 0, "supervised_full": 1}
@@ -124,7 +125,7 @@ def prepare(a: argparse.Namespace, fold: int) -> None:
     """Split a fold; `full.json` is its labelled and its unlabelled part together; `source.json` comes last."""
     folder = a.work / f"{a.name}-{a.percent:g}-{fold}"
     if (folder / "source.json").exists():
-        if json.loads((folder / "source.json").read_text()) != source(a):
+        if json.loads((folder / "source.json").read_text()) != a.source:
             raise UserError(f"{folder}: is a split of other data, or was split otherwise; take another --work")
         return
     how = {"validation_fraction": a.validation_fraction, "stratify": a.stratify}
@@ -132,7 +133,7 @@ def prepare(a: argparse.Namespace, fold: int) -> None:
     split(a.data, str(folder), percent=a.percent, fold=fold, max_bad_images=survived, **how)
     parts = [json.loads((folder / f"{name}.json").read_text()) for name in ("labeled", "unlabeled")]
     whole = parts[0] | {key: parts[0][key] + parts[1][key] for key in ("images", "annotations")}
-    for name, content in (("full", whole), ("source", source(a))):
+    for name, content in (("full", whole), ("source", a.source)):
         storage.write_bytes(folder / f"{name}.json", json.dumps(content).encode())
 
 
@@ -160,7 +161,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
         earlier["method"]["label_model"] = None
         if any({**defaults[group], **earlier[group]} != {**defaults[group], **settings[group]} for group in settings):
             raise UserError(f"{file}: is of other settings; delete it to run {title} again, or take another --name")
-        if result.get("data") != source(a):
+        if result.get("data") != a.source:
             raise UserError(f"{file}: is of other data; delete it to run {title} again, or take another --name")
         return
     if name != "supervised_full":  # it has other labels
@@ -196,7 +197,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
         ][::5],
         "training": provenance["training"],
         "precision": provenance["machine"]["precision"],
-        "data": source(a),
+        "data": a.source,
         "settings": settings,
         "git_sha": provenance["git_sha"],
         **machine(),

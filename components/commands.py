@@ -1,6 +1,7 @@
 """The command line of the pipelines; its options are the pipelines' parameters and `ClusterOptions`."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from components.options import options_of, with_options
 from components.server import Server, is_enabled, read_package
 from components.steps import steps_of
 from softteacher import storage
-from softteacher.choices import Backend, Runner, ServedEngine, check_name, check_percent
+from softteacher.choices import Backend, Runner, ServedEngine, check_name, check_percent, check_registry
 from softteacher.config import load_settings
 from softteacher.errors import UserError
 
@@ -106,9 +107,10 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
         ] = None,
         **parameters: Any,
     ) -> None:
+        checked = _checked(parameters)
         if outputs:
             storage.write_bytes(outputs, b"{}")  # can it be written? that is better known before hours of work
-        text = json.dumps(run_local(local, _checked(parameters), pipeline_root, runner), indent=1)
+        text = json.dumps(run_local(local, checked, pipeline_root, runner), indent=1)
         if outputs:
             storage.write_bytes(outputs, text.encode())
         else:
@@ -171,14 +173,13 @@ def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
 
     settings = load_settings(parameters["preset"], [*parameters["overrides"], f"method.name={parameters['method']}"])
     check_name(parameters["name"])
-    repository, registry = (f"{parameters.get(key, '').rstrip('/')}/" for key in ("repository", "registry"))
-    if registry.startswith(repository):
-        raise UserError(
-            f"--registry {registry}: is in Triton's repository, where only Triton's models are; choose another"
-        )
+    check_registry(parameters["registry"], parameters["repository"])
     if parameters["triton"]:
         engine = parameters["triton_engine"]
-        Runtime(parameters["triton_backend"], engine, parameters["triton_gpu"])
+        try:
+            Runtime(parameters["triton_backend"], engine, parameters["triton_gpu"])
+        except UserError as error:  # by the options that these are called elsewhere
+            raise UserError(re.sub("--(engine|backend)", r"--triton-\1", str(error))) from None
         if engine != REFERENCE_ENGINE and engine not in settings.export.engines:
             known = [*settings.export.engines, engine]
             raise UserError(
@@ -197,7 +198,7 @@ def _on_store(parameters: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(PLACES & parameters.keys()):
         for place in parameters[name] if isinstance(parameters[name], list) else [parameters[name]]:
             if place and not storage.is_s3(place):
-                raise UserError(f"--{name} {place}: is in the pod, and lost with it; write s3://bucket/prefix")
+                raise UserError(f"--{name} {place}: no pod sees it; write s3://bucket/prefix")
     return parameters
 
 

@@ -47,6 +47,18 @@ def check_percent(percent: float, unlabeled: str | None) -> None:
         raise UserError("--percent 100: leaves no unlabelled image; give others with --unlabeled, or less, e.g. 10")
 
 
+def check_registry(registry: str, repository: str) -> None:
+    """Whether records of models can be kept there.
+
+    Raises:
+        UserError: it is in Triton's repository.
+    """
+    if registry and f"{registry.rstrip('/')}/".startswith(f"{repository.rstrip('/')}/"):
+        raise UserError(
+            f"--registry {registry}: is in Triton's repository, where only Triton's models are; choose another"
+        )
+
+
 def check_name(name: str) -> None:
     """Whether a model can be served under a name.
 

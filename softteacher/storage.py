@@ -127,7 +127,7 @@ def list_files(uri: str | Path, *, follow: bool = False) -> Iterator[FileInfo]:
 
     Args:
         uri: of the folder or prefix.
-        follow: look into folders that are links, too, each real one once.
+        follow: look into folders that are links, too, but not into one that leads back to where it lies.
 
     Raises:
         UserError: the bucket or folder can't be read.
@@ -139,17 +139,19 @@ def list_files(uri: str | Path, *, follow: bool = False) -> Iterator[FileInfo]:
             if not name.endswith("/"):
                 yield FileInfo(name[len(prefix) :], size, tag)
         return
-    root = os.fspath(uri)
+    root = str(Path(uri))
     if not Path(root).exists():
         return
     with _explained(uri):
-        found, seen = [], set()
+        found: list[FileInfo] = []
+        way: dict[str, tuple[str, ...]] = {}  # the real folders that lead to one
         for folder, below_it, names in os.walk(root, onerror=_raise, followlinks=follow):
             if follow:
-                if (real := os.path.realpath(folder)) in seen:
+                real, above = os.path.realpath(folder), way.get(folder.rpartition("/")[0], ())
+                if real in above:
                     below_it.clear()
                     continue
-                seen.add(real)
+                way[folder] = (*above, real)
             below = Path(os.path.relpath(folder, root)).as_posix() + "/" if folder != root else ""
             for name in names:  # texts, not paths: there may be millions
                 if name.endswith(_PART) and name.startswith("."):

@@ -53,7 +53,7 @@ def test_submit(kfp: KfpServer, package: Path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--triton-engine", "openvino-bf16"], "Triton's backend onnxruntime can't run it; --backend openvino"),
+        (["--triton-engine", "openvino-bf16"], "can't run it; --triton-backend openvino"),
         (
             ["--triton-engine", "openvino-int8", "--triton-backend", "python"],
             "export must measure it; --set 'export.",
@@ -62,7 +62,7 @@ def test_submit(kfp: KfpServer, package: Path, capsys):
         (["--name", "cards.v2"], "--name cards.v2: only letters, digits, - and _"),
         (["--name", "cards-canary"], "--name cards-canary: names with that ending are taken"),
         (["--registry", "s3://models/triton/registry"], "is in Triton's repository"),
-        (["--unlabeled", "stream"], "--unlabeled stream: is in the pod, and lost with it; write s3://bucket/prefix"),
+        (["--unlabeled", "stream"], "--unlabeled stream: no pod sees it; write s3://bucket/prefix"),
     ],
 )
 def test_what_a_step_would_refuse_after_hours_is_refused_now(kfp: KfpServer, package: Path, capsys, options, message):

@@ -70,11 +70,11 @@ def decode(data: bytes, name: str, short_side: int | None = None) -> tuple[Image
 def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB.
 
-    Deep grey keeps the 8 bits below its highest one (a 12-bit sensor's file is a 16-bit one), where Pillow itself would
-    clip to white; floats up to 1 are shares of white.
+    Deep grey keeps the 8 highest bits that its brightest pixel has (a 12-bit sensor's file is a 16-bit one), where
+    Pillow itself would clip to white; floats up to 1 are shares of white.
     """
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
         top = max(values.max(), 0.0)
         white = 1.0 if image.mode == "F" and top <= 1 else 2.0 ** max(8, math.ceil(math.log2(top + 1)))
         image = Image.fromarray((values / white * 256).clip(0, 255).astype(np.uint8))

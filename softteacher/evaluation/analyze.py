@@ -147,9 +147,9 @@ def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: Met
 
     Returns:
         `objects`, `detections`, `curve` (over the score threshold), `best_f1`, `at` (precision and recall at the
-        settings' thresholds, of adaptive ones under `adaptive`), `per_class` (the same for each class), `localisation`
-        (the boxes of the IoU figures: `above` which score, `boxes`, and of `score` and `variance` the rank
-        `correlation` with IoU and the `bins`), `advice`. A number that doesn't exist is none.
+        settings' thresholds, those under the pool's at that, of adaptive ones under `adaptive`), `per_class` (the same
+        for each class), `localisation` (the boxes of the IoU figures: `above` which score, `boxes`, and of `score` and
+        `variance` the rank `correlation` with IoU and the `bins`), `advice`. A number that doesn't exist is none.
     """
     total = sum(objects.values())
     lowest = max(0.0, np.floor(100 * boxes["score"].min(initial=1.0)) / 100 - 0.01)  # all are above it

@@ -84,7 +84,8 @@ def detect_dataset(
                 except (RuntimeError, MemoryError) as e:
                     if not is_out_of_memory(e):
                         raise
-                    raise UserError(f"{title}: out of memory; --set training.evaluate_batch=1 (now {size})") from e
+                    less = "training.evaluate_batch=1" if size > 1 else "training.device=cpu"
+                    raise UserError(f"{title}: out of memory; --set {less}") from e
                 for (image_id, _, scale), detections in zip(good, batch, strict=True):
                     d = detections.numpy()
                     d.boxes = d.boxes / scale

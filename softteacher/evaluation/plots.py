@@ -34,7 +34,7 @@ def threshold_curve(curve: dict[str, list[Any]], marked: float | None, best: flo
 
     Args:
         curve: `threshold`, `precision`, `recall`, `f1`; none where there is none.
-        marked: `cls_threshold`; none where each class has a threshold of its own.
+        marked: above which boxes teach the classification; none where each class has a threshold of its own.
         best: threshold of the best F1.
     """
     figure, axes = _figure()
@@ -42,7 +42,7 @@ def threshold_curve(curve: dict[str, list[Any]], marked: float | None, best: flo
         values = np.array(curve[name.lower()], float)
         axes.plot(curve["threshold"], values, label=name, linewidth=2.5, color=color)
     if marked is not None:
-        axes.axvline(marked, color="#444", linestyle="--", label=f"cls_threshold {marked:g}")
+        axes.axvline(marked, color="#444", linestyle="--", label=f"taught above {marked:g}")
     if best is not None:
         axes.axvline(best, color=COLORS["F1"], linestyle=":", linewidth=2.5, label=f"best F1 at {best:.2f}")
     axes.set(xlabel="score threshold", xlim=(curve["threshold"][0], 1), ylim=(0, 1.02))

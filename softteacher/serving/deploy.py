@@ -64,7 +64,8 @@ def deploy(
         runtime: Triton's backend, and the engine.
         canary: share of the requests (0 to 1) that clients send to the new version while the old one stays live, until
             `promote` or `rollback`; by default, and where nothing is live yet, the new version goes live.
-        decision: folder that `gate` wrote; it must have said yes, and have compared with what is live now.
+        decision: folder that `gate` wrote; it must have said yes to this file, and have compared with what is
+            live now.
         run: id of the pipeline run; what the same run has deployed already is not deployed again.
         keep: versions that stay in the repository for rollbacks, the live one included; a load fetches them all.
         timeout: seconds that Triton may take for loading a model, and for an answer.

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from softteacher import storage
+from softteacher.choices import check_registry
 from softteacher.config import Settings, change_settings
 from softteacher.console import say
 from softteacher.errors import UserError
@@ -58,13 +59,10 @@ def record(
         `run_id`, `recorded_at`.
 
     Raises:
-        UserError: a folder is torn, the two don't belong together, the model is not deployed, or the registry has
-            the record of another model for this version.
+        UserError: a folder is torn, the two, or the decision, don't belong together, the model is not deployed, or the
+            registry has the record of another model for this version.
     """
-    if f"{registry.rstrip('/')}/".startswith(f"{repository.rstrip('/')}/"):
-        raise UserError(
-            f"--registry {registry}: is in Triton's repository, where only Triton's models are; choose another"
-        )
+    check_registry(registry, repository)
     with storage.local_input(model) as model_path, storage.local_input(onnx) as onnx_path:
         source, exported = ModelFolder(model_path, model), read_onnx_folder(onnx_path)
         if exported.provenance != source.provenance:

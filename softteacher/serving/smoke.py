@@ -71,22 +71,23 @@ def compare(
         return _roughly(answer, smoke, who)
     detections, box_difference, score_difference = 0, 0.0, 0.0
     for i, n in enumerate(smoke["num_detections"][:, 0]):
-        count = int(answer["num_detections"][i, 0])
+        if (count := int(answer["num_detections"][i, 0])) != n:
+            raise UserError(f"{who}: image {i} has {count} detections, {n} were recorded at export")
         # each with each, as boxes of all but equal scores may stand in another order
         differences = []
         for key in ("detection_boxes", "detection_scores", MASKS, "detection_classes"):
             if key in smoke:
-                each = np.abs(smoke[key][i, :n, None] - answer[key][i, None, :count])
+                each = np.abs(smoke[key][i, :n, None] - answer[key][i, None, :n])
                 differences.append(each.max(axis=tuple(range(2, each.ndim))))
             else:
-                differences.append(np.zeros((n, count)))
+                differences.append(np.zeros((n, n)))
         boxes, scores, masks, classes = differences
         like = (boxes <= BOX_TOLERANCE) & (scores <= SCORE_TOLERANCE) & (masks <= MASK_TOLERANCE) & (classes == 0)
-        if count != n or not (like.any(0).all() and like.any(1).all()):
+        if not (like.any(0).all() and like.any(1).all()):
             raise UserError(
-                f"{who}: image {i} has {count} detections, {n} were recorded at export, and of"
-                f" {like.any(1).sum()} it has the like: the class, the box by {BOX_TOLERANCE} px, the score by"
-                f" {SCORE_TOLERANCE}" + (f", the mask by {MASK_TOLERANCE}" if MASKS in smoke else "")
+                f"{who}: of the {n} detections of image {i} that were recorded at export it has the like of"
+                f" {like.any(1).sum()}: the class, the box by {BOX_TOLERANCE} px, the score by {SCORE_TOLERANCE}"
+                + (f", the mask by {MASK_TOLERANCE}" if MASKS in smoke else "")
             )
         detections += int(n)
         nearest = np.where(like, boxes, np.inf).argmin(1) if n else np.zeros(0, np.int64)

@@ -111,9 +111,11 @@ def _train(
         say(f"train: {out} holds the model of this very run; nothing to do")
         return done
     if s != asked:
+        often = f", evaluate_every {asked.evaluate_every} -> {s.evaluate_every}" if s.evaluate_every else ""
         say(
-            f"train: lr {asked.lr:g} -> {s.lr:g}, iterations {asked.iterations} -> {s.iterations}: {s.reference_batch} "
-            f"images a step, training.reference_batch is {asked.reference_batch} (none would leave both as they are)"
+            f"train: lr {asked.lr:g} -> {s.lr:g}, iterations {asked.iterations} -> {s.iterations}{often}: "
+            f"{s.reference_batch} images a step, training.reference_batch is {asked.reference_batch} (none would leave "
+            "them as they are)"
         )
     # broken images are not found out after days of training
     val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val"))
@@ -136,7 +138,8 @@ def _train(
         f"{_batch(settings)}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
         f"{str(student.precision).removeprefix('torch.')}"
     )
-    other = [f"{key}={value}" for key, value in _flat(settings).items() if value != _flat(Settings())[key]]
+    usual = _flat(Settings())
+    other = [f"{key}={value}" for key, value in _flat(settings).items() if value != usual[key]]
     say(f"train: settings that are not the default: {', '.join(other) or 'none'}")
     if method.seen is not None and settings.method.guard and not (settings.burn_in_steps and s.evaluate_every):
         say(

@@ -39,6 +39,9 @@ def test_images_behind_a_link_count(tmp_path: Path):
     storage.write_bytes(tmp_path / "data" / "annotations" / "instances_train.json", b"{}")
     (tmp_path / "data" / "images").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "disk")
+    found = [f.name for f in storage.list_files(tmp_path / "data", follow=True)]
+    assert [name for name in found if name.endswith(".jpg")] == ["a/a.jpg", "images/a.jpg"]
     before = fingerprint(str(tmp_path / "data"))
     storage.write_bytes(tmp_path / "disk" / "b.jpg", b"123")
     assert fingerprint(str(tmp_path / "data")) != before

@@ -79,6 +79,13 @@ def test_what_holds_fewer_bits_is_not_darkened(white):
     np.testing.assert_allclose(values.ravel(), np.linspace(0, 255, 24), atol=1)
 
 
+def test_infinite_pixels_are_black():
+    picture = np.full((4, 6), 128, np.float32)
+    picture[0, 0] = np.inf
+    values = np.asarray(decode(encoded(Image.fromarray(picture), "TIFF"), "x")[0])[..., 0]
+    assert values.ravel().tolist() == [0] + [128] * 23
+
+
 def test_floats_up_to_1_are_shares_of_white():
     values = np.asarray(decode(encoded(grey16(0, 1, np.float32), "TIFF"), "x")[0])[..., 0]
     np.testing.assert_allclose(values.ravel(), np.linspace(0, 255, 24), atol=1)

@@ -141,12 +141,12 @@ def test_a_replica_that_was_away(
     storage.write_bytes(f"{s3}/{name}/config.pbtxt", config)
     assert catch_up(s3, replicas.second.http) == {}
     assert ask(replicas.second.http, name, models) == 1
-    # nor does it load by that config what the pointer doesn't say
+    # and one that serves nothing, as it was started since, loads what the pointer says, whatever that config says
     with closing(connect(replicas.second.http, 30)) as server:
         server.unload_model(name)
     eventually(lambda: not ready(replicas.second.http, name))
     assert catch_up(s3, replicas.second.http) == {}
-    assert not ready(replicas.second.http, name)
+    assert ask(replicas.second.http, name, models) == 1
     facts = deploy(models.next(s3, name)[1], s3, replicas.first.http, name)
     assert catch_up(s3, replicas.second.http) == {}
     assert ask(replicas.second.http, name, models) == facts["version"]

@@ -65,12 +65,14 @@ def test_the_like_passes(ask: Callable[[Change], dict[str, Any]], change: Change
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (put("detection_boxes", (0, 0, 0), 2.6), "3 detections, 3 were recorded at export, and of 2 it has the like"),
-        (put("detection_scores", (0, 2), 0.302), "of 2 it has the like"),
-        (put("detection_classes", (0, 1), 1), "of 2 it has the like"),
-        (put("detection_boxes", (0, 0), 0), "of 2 it has the like"),
+        (put("detection_boxes", (0, 0, 0), 2.6), "of the 3 detections of image 0 .* the like of 2: the"),
+        (put("detection_scores", (0, 2), 0.302), "the like of 2: the"),
+        (put("detection_classes", (0, 1), 1), "the like of 2: the"),
+        (put("detection_boxes", (0, 0), 0), "the like of 2: the"),
         (put("num_detections", (0, 0), 2), "2 detections, 3 were recorded"),
         (put("num_detections", (0, 0), 0), "0 detections, 3 were recorded"),
+        (put("num_detections", (0, 0), 9), "9 detections, 3 were recorded"),
+        (put("num_detections", (0, 0), -1), "-1 detections, 3 were recorded"),
     ],
 )
 def test_another_answer_does_not(ask: Callable[[Change], dict[str, Any]], change: Change, complaint: str) -> None:

@@ -120,11 +120,11 @@ def test_patience_is_for_pseudo_labels(tmp_path, capsys):
     scores = {10: 0.4, 70: 0.2, 80: 0.2}  # else no better and no harm
     chosen = ["training.iterations=120", "method.burn_in=0.5", "training.evaluate_every=10", "training.patience=3"]
 
-    class Counting(Fake):
+    class Constant(Fake):
         def losses(self, batch, step):
             return {"a": self.student.weight.sum()}, {}
 
-    fake = Counting()
+    fake = Constant()
     made = Trainer(fake.student, fake.teacher, fake, load_settings(None, chosen), torch.device("cpu"))
     validate = lambda: {"teacher": {"AP": scores.get(made.progress.step, 0.39)}}  # noqa: E731
     sets = {"labeled": None, "unlabeled": None}

@@ -274,9 +274,10 @@ def gap_closed(runs: dict[str, dict[int, dict[str, Any]]], method: str) -> float
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a table in Markdown, with what limits it below."""
+    every = sorted({run["fold"] for m in summary["methods"].values() for run in m["runs"]})
     lines = [
         f"{summary['dataset']}, {summary['percent']:g} % labelled\n",
-        "| method | folds | AP | student's AP | AP50 | gap closed |",
+        f"| method | AP | of fold {', '.join(map(str, every))} | student's AP | AP50 | gap closed |",
         "|---|---|---|---|---|---|",
     ]
     notes: set[str] = set()
@@ -288,8 +289,9 @@ def table(summary: dict[str, Any]) -> str:
         rising = name.startswith("supervised") and any(run["still_rising"] for run in m["runs"])
         marks = "*" * any(not run["same_start"] for run in m["runs"]) + "†" * rising
         notes |= set(marks)
-        figures = f"{m['ap_mean']:.3f}{spread} | {student:.3f} | {ap50:.3f} | {shown}"
-        lines.append(f"| {name}{marks} | {len(m['runs'])} | {figures} |")
+        of = {run["fold"]: f"{run['ap']:.3f}" for run in m["runs"]}  # rows of different folds have other means
+        folds = ", ".join(of.get(fold, "-") for fold in every)
+        lines.append(f"| {name}{marks} | {m['ap_mean']:.3f}{spread} | {folds} | {student:.3f} | {ap50:.3f} | {shown} |")
     told = {
         "*": "a run of it is of another machine than the supervised one of its fold, and of a burn-in of its own",
         "†": "a run of it was best at its last validation: longer, it would be better",

@@ -104,7 +104,7 @@ def other_name(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (flipped_weights, "smoke inference with guarded-candidate \\d+: image 0 "),
+        (flipped_weights, "smoke inference with guarded-candidate \\d+: of the 1 detections of image 0 "),
         (overflow, "smoke inference with guarded-candidate \\d+: detection_boxes holds NaN or infinite values"),
         (not_a_number, "smoke inference with guarded-candidate \\d+: detection_scores holds NaN or infinite values"),
         (nothing_found, "smoke inference with guarded-candidate \\d+: image 0 has 0 detections, 1 were recorded"),

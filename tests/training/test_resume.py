@@ -109,12 +109,11 @@ def test_burn_in_of_other_settings_is_refused(manifests, tmp_path):
         train(*sources(manifests), str(tmp_path / "m"), load_settings("demo", [*chosen, "training.lr=0.5"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_told_to_stop(manifests, tmp_path, whole, number, group):
     """The step under way ends, a checkpoint is written, the exit code says which signal it was.
 
-    `timeout` and Ctrl-C reach the loader processes, too.
+    `timeout` and service managers tell the loader processes, too.
     """
     process = start(manifests, tmp_path / "m", "training.checkpoint_every=1", f"data.workers={2 * group}")
     wait_for_a_checkpoint(tmp_path / "m", process)

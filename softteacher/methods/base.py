@@ -49,6 +49,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def labeled_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """What the labelled images of a batch teach; nothing where it has none."""
+        return self.student.losses(batch.labeled) if batch.labeled else {}
+
     def state(self) -> dict[str, Any]:
         """What the next step depends on besides the weights; for checkpoints."""
         return {"trust": self.trust, "seen": self.seen}
@@ -99,7 +103,7 @@ class TeacherMethod(Method):
 
     def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `Method`. Without unlabelled views (burn-in), or without trust, the supervised losses alone."""
-        losses = self.student.losses(batch.labeled) if batch.labeled else {}
+        losses = self.labeled_losses(batch)
         if batch.weak is None or batch.strong is None or not self.trust:
             return losses, {}
         # matrices from the teacher's to the student's view (section 3.1)

@@ -16,7 +16,7 @@ class Stac(Method):
 
     def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `Method`: L_sup + `method.unsup_weight` * L_unsup, the same losses on both."""
-        losses = self.student.losses(batch.labeled) if batch.labeled else {}
+        losses = self.labeled_losses(batch)
         if batch.strong is None or not self.trust:
             return losses, {}
         weight, views = self.settings.unsup_weight * self.trust, batch.strong

@@ -13,4 +13,4 @@ class Supervised(Method):
 
     def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `Method`."""
-        return self.student.losses(batch.labeled) if batch.labeled else {}, {}
+        return self.labeled_losses(batch), {}

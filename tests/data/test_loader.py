@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from softteacher.config import load_settings
 from softteacher.data.images import PAD
@@ -66,17 +67,62 @@ def test_what_is_in_a_batch(folder):
     assert batch.broken == {}
 
 
-def test_labelled_boxes_follow_their_view(folder):
-    data = dataset(folder)
-    truth = [torch.from_numpy(data.targets(i)[0]) for i in range(len(data))]
-    for batch in load(folder, overrides=["data.labeled_color=false"]):
-        for boxes, labels, matrix, size in zip(
-            batch.labeled.boxes, batch.labeled.labels, batch.labeled.matrices, batch.labeled.sizes, strict=True
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """Images with a square of a colour of its own somewhere, which is its one box; the class says which half it is in,
+    and the level of red which image it is. The first image is broken."""
+    folder, tree = tmp_path_factory.mktemp("marked"), coco_tree(8)
+    tree["annotations"] = []
+    for n, image in enumerate(tree["images"]):
+        image |= {"width": 96, "height": 72}
+        x, y = (8 + 3 * n, 8 + 2 * n) if n % 2 else (56 + 2 * n, 30 - 2 * n)
+        row = {"id": n + 1, "image_id": image["id"], "category_id": 1 if n % 2 else 2, "bbox": [x, y, 20, 24]}
+        tree["annotations"].append(row)
+    write_coco(folder, tree, coco_tree(1))  # no other images
+    for n, (image, row) in enumerate(zip(tree["images"], tree["annotations"], strict=True)):
+        pixels = np.zeros((72, 96, 3), np.uint8)
+        x, y, w, h = row["bbox"]
+        pixels[y : y + h, x : x + w] = (80 + 20 * n, 0, 255)
+        Image.fromarray(pixels).save(folder / "images" / image["file_name"])
+    (folder / "images" / tree["images"][0]["file_name"]).write_bytes(b"broken")
+    return folder
+
+
+def blue(image):
+    """The box around what is blue in a view, [3, H, W], and the red there: which image it is."""
+    ys, xs = torch.nonzero((image[2] > 150) & (image[1] < 60), as_tuple=True)
+    red = image[0, ys, xs].float().median()
+    return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float(), round((red.item() - 80) / 20)
+
+
+def test_labelled_boxes_are_those_of_their_image(marked):
+    """Each view's box is around its own square, of its own class; also where another image is in for a broken one."""
+    overrides = ["data.labeled_color=false", "data.max_bad_images=0.5", "training.iterations=12"]
+    seen = set()
+    for batch in load(marked, overrides=overrides):
+        for image, boxes, labels in zip(batch.labeled.images, batch.labeled.boxes, batch.labeled.labels, strict=True):
+            box, n = blue(image)
+            seen.add(n)
+            torch.testing.assert_close(boxes, box[None], atol=1.5, rtol=0)
+            assert labels.tolist() == [0 if n % 2 else 1]
+    assert seen == set(range(1, 8))
+
+
+def test_weak_and_strong_show_the_same_image(marked):
+    """What the teacher sees at a place, the student sees where the matrices carry it."""
+    plain = ["data.strong_color=false", "data.strong_erase=false", "data.max_rotation=0"]
+    (marked / "images" / "1.png").write_bytes((marked / "images" / "2.png").read_bytes())
+    seen = set()
+    for batch in load(marked, overrides=[*plain, "training.iterations=12"]):
+        to_strong = batch.strong.matrices @ torch.linalg.inv(batch.weak.matrices)
+        for weak, strong, matrix, size in zip(
+            batch.weak.images, batch.strong.images, to_strong, batch.strong.sizes, strict=True
         ):
-            candidates = [project_boxes(t, matrix, size) for t in truth]
-            assert any(torch.equal(c, boxes) for c in candidates)
-            assert sorted(labels.tolist()) == [0, 1]
-            assert (boxes[:, 2:] <= size.flip(0)).all()
+            (box, n), (there, m) = blue(weak), blue(strong)
+            seen.add(n)
+            assert n == m
+            torch.testing.assert_close(project_boxes(box[None], matrix, size)[0], there, atol=3, rtol=0)
+    assert len(seen) > 5
 
 
 def test_an_epoch_shows_every_image_once(tmp_path, monkeypatch):

@@ -114,6 +114,16 @@ def test_weights_from_s3(tmp_path, s3):
     assert torch.equal(detector.backbone[0][0].weight, state()["conv1.weight"])
 
 
+def test_images_are_normalised_as_the_weights_were_trained(monkeypatch):
+    """The first stage gets what torchvision's own preprocessing makes of an RGB image."""
+    detector, seen = build(settings(), 3), []
+    detector.backbone[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    detector.features(images)
+    usual = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=32, resize_size=32)
+    torch.testing.assert_close(seen[0], usual(images), atol=1e-5, rtol=1e-5)
+
+
 def test_real_mobilenet_weights():
     file = SHARED / "weights" / "mobilenet_v2_imagenet_features.pth"
     if not file.exists():

@@ -105,6 +105,23 @@ def test_sample_rois_adds_the_ground_truth():
     assert rois.targets.tolist() == [[0, 0, 10, 10], [0, 0, 10, 10], [40, 40, 60, 60]]
     none = sample_rois(proposals, valid, [torch.zeros(0, 4)], [torch.zeros(0).long()], 100, 5, [torch.Generator()])
     assert none.labels.tolist() == [5, 5]
+    assert none.matched.tolist() == [-1, -1]
+
+
+def test_sampled_rois_know_their_object():
+    """Of two images, the first with two boxes: number, label and target of each RoI are those of the box it is on."""
+    boxes = [torch.tensor([[0.0, 0, 10, 10], [30, 30, 50, 50]]), torch.tensor([[5.0, 5, 25, 25]])]
+    near = torch.tensor([[[31.0, 30, 50, 50], [60, 0, 70, 10]], [[5, 6, 25, 25], [40, 40, 60, 60]]])
+    labels = [torch.tensor([3, 1]), torch.tensor([2])]
+    noise = [torch.Generator(), torch.Generator()]
+    rois = sample_rois(near, torch.ones(2, 2, dtype=torch.bool), boxes, labels, 100, 5, noise)
+    assert rois.matched.tolist() == [0, 1, 1, -1, 0, 0, -1]
+    assert rois.labels.tolist() == [3, 1, 1, 5, 2, 2, 5]
+    assert rois.targets[2].tolist() == [30, 30, 50, 50]
+    assert rois.targets[5].tolist() == [5, 5, 25, 25]
+    chosen = rois.select(rois.labels < 5)
+    assert chosen.matched.tolist() == [0, 1, 1, 0, 0]
+    assert [len(b) for b in chosen.boxes] == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,21 @@ def test_pictures_and_sizes():
 def test_boxes(jitter):
     def pseudo(n, count):
         d = Detections(torch.full((count, 4), float(n)), torch.full((count,), n / 10), torch.full((count,), n))
-        return PseudoBoxes(d, torch.full((count,), n / 100) if jitter else None, d)
+        found = replace(d, boxes=d.boxes + 10)  # in the weak view
+        return PseudoBoxes(d, torch.full((count,), n / 100) if jitter else None, found)
 
     mixed = mix_boxes([pseudo(0, 1), pseudo(1, 2), pseudo(2, 0)])
     assert [p.detections.labels.tolist() for p in mixed] == [[0], [1, 1, 0], [1, 1]]
     assert [p.found.labels.tolist() for p in mixed] == [[0], [1, 1, 0], [1, 1]]
-    assert all((p.variance is not None and len(p.variance) == len(p.detections)) == jitter for p in mixed)
+    for p in mixed:
+        of = p.detections.labels.float()
+        torch.testing.assert_close(p.detections.boxes, of[:, None].expand(-1, 4))
+        torch.testing.assert_close(p.found.boxes, of[:, None].expand(-1, 4) + 10)
+        torch.testing.assert_close(p.detections.scores, of / 10)
+        if jitter:
+            torch.testing.assert_close(p.variance, of / 100)
+        else:
+            assert p.variance is None
 
 
 def test_the_other_half_is_where_the_teacher_saw_it():

@@ -45,7 +45,12 @@ def batch(seed=0):
 def believe(chosen, monkeypatch, scores, labels=(0, 1, 2, 0)):
     """Make the teacher find `BOXES` in each of two views."""
     answer = BOXES.expand(2, 4, 4), torch.tensor([scores] * 2), torch.tensor([list(labels)] * 2)
-    monkeypatch.setattr(chosen.teacher, "detect", lambda features, sizes, training: answer)
+
+    def detect(features, sizes, training):
+        assert training
+        return answer
+
+    monkeypatch.setattr(chosen.teacher, "detect", detect)
 
 
 def answers(boxes):
@@ -141,6 +146,18 @@ def test_negatives_weigh_what_the_teacher_sees_at_their_place(flip):
 
 def _levels(values):
     return list(zip(values.split([h * w for h, w in SHAPES], 1), SHAPES, strict=True))
+
+
+def test_a_shifted_negative_weighs_what_the_teacher_sees_where_it_came_from():
+    """The strong view shows all a cell of the finest level further right."""
+    chosen, weak = method(), noise_views(1)
+    shift = torch.tensor([[1.0, 0, 8], [0, 1, 0], [0, 0, 1]]).double()[None]
+    with torch.no_grad():
+        features = chosen.teacher.features(weak.images)
+        seen = chosen.teacher.predict(features)
+        weights = chosen.reliability(seen, [], Unlabeled(weak, weak, shift, features, weak.noise()))
+    (background, shape), (found, _) = (_levels(x)[0] for x in (1 - seen.logits.sigmoid().amax(-1), weights))
+    torch.testing.assert_close(found.unflatten(1, shape)[..., 1:], background.unflatten(1, shape)[..., :-1])
 
 
 @pytest.mark.parametrize(("zoom", "level"), [(1.0, 0), (0.5, 1), (2.0, -1), (0.8, 0), (0.25, 2), (8.0, -3)])

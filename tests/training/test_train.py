@@ -142,6 +142,27 @@ def test_the_same_seed_gives_the_same_bits(manifests, tmp_path):
     assert (tmp_path / "a" / "metrics.json").read_text() == (tmp_path / "b" / "metrics.json").read_text()
 
 
+def test_what_is_written_are_the_best_weights_of_both(manifests, tmp_path, monkeypatch):
+    written, best = [], 1
+    for answers in ([0.1, 0.4, 0.2, 0.3, 0.25], [0.1, 0.2, 0.3, 0.4, 0.25]):  # the teacher's four, then the student's
+        scored = []
+
+        def score(detector, *_, scored=scored, answers=answers):
+            scored.append({k: v.clone() for k, v in detector.state_dict().items()})
+            return {"AP": answers[len(scored) - 1]}, [], None
+
+        monkeypatch.setattr("softteacher.training.train.score", score)
+        out = tmp_path / f"best-{best}"
+        metrics = run(manifests, out, "training.evaluate_every=1", "method.guard=false")
+        teacher, student = weights(out, "teacher"), weights(out, "student")
+        assert equal(teacher, scored[best])
+        assert equal(student, scored[4])
+        assert {name: metrics[name]["AP"] for name in ("teacher", "student")} == {"teacher": 0.4, "student": 0.25}
+        written.append(student)
+        best = 3
+    assert not equal(*written)  # the student of step 2, and that of step 4
+
+
 def test_after_the_first_step_the_teacher_is_the_student(manifests, tmp_path):
     run(manifests, tmp_path / "m", "training.iterations=1")
     assert equal(weights(tmp_path / "m", "teacher"), weights(tmp_path / "m", "student"))

@@ -86,6 +86,70 @@ def test_the_backbone_has_a_learning_rate_of_its_own():
     assert moved == pytest.approx(expected, abs=1e-6)
 
 
+def linear(*overrides):
+    """A trainer whose loss has the gradient (3, 4), of length 5, in a weight that starts at (1, 1)."""
+    student = torch.nn.Module()
+    student.w, student.precision = torch.nn.Parameter(torch.ones(2)), torch.float32
+    fake = Fake()
+    fake.losses = lambda batch, step: ({"a": (student.w * torch.tensor([3.0, 4.0])).sum()}, {})
+    usual = ["training.lr=0.1", "training.warmup_iterations=0", "training.momentum=0", "training.weight_decay=0"]
+    settings = load_settings(None, [*usual, *overrides])
+    return Trainer(student, copy.deepcopy(student), fake, settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], [0.4, 0.2]),
+        (["training.clip_gradient=1"], [0.88, 0.84]),  # each gradient is (0.6, 0.8)
+        (["training.clip_gradient=10"], [0.4, 0.2]),
+        (["training.momentum=0.5"], [1 - 0.3 * 2.5, 1 - 0.4 * 2.5]),
+        # w <- w - 0.1 * (gradient + 2 w), twice
+        (["training.weight_decay=2"], [0.5 - 0.3 - 0.1, 0.4 - 0.4 - 0.08]),
+    ],
+)
+def test_two_steps_of_sgd(overrides, expected):
+    trainer = linear("training.optimizer=sgd", *overrides)
+    for _ in range(2):
+        trainer.step([Batch(noise_views())])
+    assert trainer.student.w.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_step_of_adamw():
+    """The first step of Adam is `lr` long in each weight; the decay of AdamW comes off the weight itself."""
+    trainer = linear("training.optimizer=adamw", "training.weight_decay=2")
+    trainer.step([Batch(noise_views())])
+    assert trainer.student.w.tolist() == pytest.approx([1 - 0.1 * 2 - 0.1] * 2, abs=1e-5)
+
+
+def test_norms_and_position_biases_of_a_transformer_do_not_decay():
+    chosen = ["training.optimizer=adamw", "training.weight_decay=0.1", "training.backbone_lr=0.5"]
+    settings = load_settings(None, chosen)
+    student = torch.nn.Module()
+    student.backbone = torch.nn.ModuleDict({"norm1": torch.nn.LayerNorm(2), "linear": torch.nn.Linear(2, 2)})
+    student.backbone.relative_position_bias_table = torch.nn.Parameter(torch.zeros(3))
+    student.head, student.precision = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(2)}), torch.float32
+    trainer = Trainer(student, copy.deepcopy(student), Fake(), settings, torch.device("cpu"))
+    names = {id(p): name for name, p in student.named_parameters()}
+    groups = {
+        tuple(sorted(names[id(p)] for p in g["params"])): (g["weight_decay"], g["scale"])
+        for g in trainer.optimizer.param_groups
+    }
+    assert groups == {
+        ("head.norm.bias", "head.norm.weight"): (0.1, 1.0),
+        ("backbone.linear.bias", "backbone.linear.weight"): (0.1, 0.5),
+        ("backbone.norm1.bias", "backbone.norm1.weight", "backbone.relative_position_bias_table"): (0.0, 0.5),
+    }
+
+
+@pytest.mark.parametrize(("unlabeled", "expected"), [(False, 4), (True, 10)])
+def test_images_are_those_that_the_student_learns_from(unlabeled, expected):
+    trainer = linear()
+    strong = noise_views(3) if unlabeled else None
+    trainer.step([Batch(noise_views(2), strong, strong)] * 2)
+    assert trainer.progress.images == expected
+
+
 def test_cosine():
     s = load_settings(None, ["training.lr_schedule=cosine", "training.iterations=100", "training.warmup_iterations=0"])
     rates = [learning_rate(step, s.training) for step in (0, 50, 100)]
@@ -93,7 +157,7 @@ def test_cosine():
 
 
 def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path):
-    """Two batches a step: the loss is that of the weights before it, twice, and the images count twice."""
+    """Two batches a step: the loss is that of the weights before it, twice."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one, two = Fake(), Fake()

@@ -100,11 +100,11 @@ class Checkpoints:
                 continue
             odd = [k for k in {**self.run, **state["run"]} if self.run.get(k) != state["run"].get(k)]
             if odd:
-                now, then = self.run.get(odd[0]), state["run"].get(odd[0])
+                said = [f"{k} is {self.run.get(k)!r:.80}, there it was {state['run'].get(k)!r:.80}" for k in odd[:3]]
+                said += [f"and {len(odd) - 3} more"] if len(odd) > 3 else []
                 raise UserError(
-                    f"{self.uri}: holds checkpoints of another run ({odd[0]} is {now!r:.80}, there it was "
-                    f"{then!r:.80}); give the same settings and data to resume it, choose another --out or "
-                    "--checkpoints, or delete them"
+                    f"{self.uri}: holds checkpoints of another run ({'; '.join(said)}); give the same settings and "
+                    "data to resume it, choose another --out or --checkpoints, or delete them"
                 )
             return state
         return None

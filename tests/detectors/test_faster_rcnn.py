@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, roi_align
 
 from softteacher.config import load_settings
 from softteacher.detectors.boxes import HEAD_STD, clip, decode
@@ -33,6 +33,25 @@ SIZES = torch.tensor([[96, 64], [80, 60], [33, 64]])
 def test_pyramid(detector, images):
     shapes = [tuple(f.shape) for f in detector.features(images)]
     assert shapes == [(3, 16, 24, 16), (3, 16, 12, 8), (3, 16, 6, 4), (3, 16, 3, 2), (3, 16, 2, 1)]
+
+
+@torch.inference_mode()
+def test_a_pyramid_from_stride_8(images):
+    """Anchors and pooling of `detector.finest_stride=8`: cells are 8 pixels where they were 4; boxes of less than 112
+    pixels are pooled from the finest level."""
+    coarse = build(SETTINGS.model_copy(update={"finest_stride": 8}), 3).eval()
+    features = coarse.features(images)
+    assert [tuple(f.shape[2:]) for f in features] == [(12, 8), (6, 4), (3, 2), (2, 1)]
+    anchors = coarse.rpn(features).anchors
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert centres[3].tolist() == [8, 0]  # the second cell of the first row
+    assert (anchors[1, 2:] - anchors[1, :2]).tolist() == [32, 32]  # detector.anchor_scale=4
+    boxes = torch.tensor([[4.0, 8, 40, 60], [-20, -30, 100, 90], [-99, -99, 199, 199]])
+    pooled = coarse.pool(features, [boxes[:0], boxes, boxes[:0]], 7)
+    for box, found, level in zip(boxes, pooled, range(3), strict=True):
+        roi = torch.cat([torch.ones(1), box])[None]
+        own = roi_align(features[level], roi, 7, 1 / (8 * 2**level), SETTINGS.sampling_ratio, aligned=True)
+        torch.testing.assert_close(found, own[0].permute(1, 2, 0).flatten(), atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()

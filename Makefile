@@ -7,6 +7,7 @@ PRESET ?=
 SET ?=
 PERCENT ?=
 UNLABELED ?=
+VALIDATION_FRACTION ?=
 RUNNER ?=
 OUT ?= demo-output
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
@@ -20,7 +21,8 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
-	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number UNLABELED=folder OUT=folder KEEP=1 RUNNER=docker'
+	@echo 'demo takes DATA=folder-or-s3-prefix PRESET=name SET="key=value ..." PERCENT=number UNLABELED=folder' \
+		'VALIDATION_FRACTION=number OUT=folder KEEP=1 RUNNER=docker'
 
 # Triton's own is looked at each time: where it was left out, what it lacks may have been installed since
 venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
@@ -38,6 +40,7 @@ venv: .venv/.stamp  ## .venv with everything, .venv-triton with the model server
 demo: venv $(if $(filter docker,$(RUNNER)),images)  ## the main job, end to end, on this machine
 	@$(BIN)/softteacher demo --out $(OUT) $(if $(PERCENT),--percent $(PERCENT)) $(if $(DATA),--data "$(DATA)") \
 		$(if $(UNLABELED),--unlabeled "$(UNLABELED)") \
+		$(if $(VALIDATION_FRACTION),--validation-fraction $(VALIDATION_FRACTION)) \
 		$(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') $(if $(KEEP),--keep) \
 		$(if $(RUNNER),--runner $(RUNNER))
 

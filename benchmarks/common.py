@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of x86 processors: what decides how fast matrices multiply
 
 
 def write_result(script: str, figures: dict[str, Any]) -> None:
@@ -33,21 +34,19 @@ def peak_gb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory and the versions that decide a figure."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [n.split(":")[1].strip() for n in cpuinfo.read_text().splitlines() if n.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
+def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """Processor, its features (where Linux tells them), cores, memory and the versions that decide a figure."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    features = [name for name in FEATURES if name in facts.get("flags", "").split()]
     versions = {}
     for name in ("torch", "torchvision", "onnxruntime", "numpy", "kfp"):
         with suppress(PackageNotFoundError):  # of an extra that isn't installed
             versions[name] = version(name)
     return {
         "machine": {
-            "processor": names[0] if names else platform.processor(),
+            "processor": facts.get("model name") or platform.processor(),
+            **({"features": features} if "flags" in facts else {}),
             "cores": os.cpu_count(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             "platform": platform.platform(),

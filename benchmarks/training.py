@@ -1,6 +1,8 @@
 """Seconds a training step of Soft Teacher: ours against mmdetection 3.3.0's, and against its own lower limit.
 
-    python benchmarks/training.py --reference DIR      # DIR: environment of the reference, by its `setup DIR`
+    SOFTTEACHER_SHARED=TOOLS python benchmarks/training.py --reference DIR
+                                                       # DIR: environment of the reference, by its `setup DIR`
+                                                       # TOOLS: holds its tools/reference_speed, which is not ours
     python benchmarks/training.py --profile            # ours alone, and where its time goes
 
 The same work on both sides: Faster R-CNN R50-FPN, 512 x 512, 1 labelled and 4 unlabelled images, 20 pseudo boxes an
@@ -41,6 +43,7 @@ from softteacher.methods import build_method
 from softteacher.training.trainer import Trainer
 
 SHARED = Path(os.environ.get("SOFTTEACHER_SHARED", Path(__file__).parents[2] / "shared"))
+REFERENCE = SHARED / "tools" / "reference_speed" / "bench_mmdet.py"
 SIDE, LABELED, UNLABELED, CLASSES, PSEUDO_BOXES = 512, 1, 4, 80, 20
 
 
@@ -53,6 +56,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="only profile one step of ours")
     parser.add_argument("--measure", choices=["fp32", "bf16"], help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if a.reference and not REFERENCE.is_file():
+        parser.error(
+            f"--reference: {REFERENCE}: no such file; let SOFTTEACHER_SHARED name the folder with tools/ in it"
+        )
     if a.measure or a.profile:
         measure(a.measure or "fp32", a.iterations, a.threads, a.profile)
         return
@@ -92,10 +99,10 @@ def main() -> None:
 
 def reference_steps(environment: Path, iterations: int, threads: int) -> list[float]:
     """Seconds of the reference's steps, by the script that comes with it."""
-    folder = SHARED / "tools" / "reference_speed"
-    command = [environment.absolute() / "bin" / "python", "bench_mmdet.py", "--size", f"{SIDE}x{SIDE}"]
+    command = [environment.absolute() / "bin" / "python", REFERENCE.name, "--size", f"{SIDE}x{SIDE}"]
     command += ["--sup", LABELED, "--unsup", UNLABELED, "--boxes", PSEUDO_BOXES, "--threads", threads]
-    done = subprocess.run([*map(str, command), "--iters", str(iterations)], cwd=folder, capture_output=True, text=True)
+    command += ["--iters", iterations]
+    done = subprocess.run([*map(str, command)], cwd=REFERENCE.parent, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the reference failed: {done.stderr[-2000:]}")
     return [float(s) for s in re.findall(r"^iter \d+ ([\d.]+)s", done.stdout, re.M)][-iterations:]

@@ -18,6 +18,9 @@ def demo(
     out: Annotated[str, typer.Option(help="Folder for everything the run makes.")] = "demo-output",
     percent: Annotated[float | None, typer.Option(help="Labelled share; by default 10, of the digits 5.")] = None,
     unlabeled: Annotated[str | None, typer.Option(help="More images without a json, folder or s3://.")] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Validate on this share of the images, where there is no val json.")
+    ] = None,
     preset: Preset = None,
     overrides: Set = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up until Ctrl-C.")] = False,
@@ -31,6 +34,7 @@ def demo(
         out,
         percent=percent,
         unlabeled=unlabeled,
+        validation_fraction=validation_fraction,
         preset=preset,
         overrides=overrides or [],
         keep=keep,

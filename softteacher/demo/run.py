@@ -21,12 +21,13 @@ from softteacher.choices import Runner, check_percent
 from softteacher.config import load_settings
 from softteacher.console import say, track
 from softteacher.data.coco import load_coco
+from softteacher.data.split import find_annotations
 from softteacher.demo.digits import make_digits
 from softteacher.demo.servers import TRITON_IMAGE, check_image, seaweedfs, triton
 from softteacher.errors import UserError
 from softteacher.serving import lineage
 from softteacher.serving.predict import predict, table
-from softteacher.serving.repository import read_champion
+from softteacher.serving.repository import parse_config, read_champion
 
 PIPELINE = Path(__file__).parents[2] / "pipeline.py"
 BUCKET = "softteacher"
@@ -40,6 +41,7 @@ def demo(
     *,
     percent: float | None,
     unlabeled: str | None = None,
+    validation_fraction: float | None = None,
     preset: str | None,
     overrides: list[str],
     keep: bool = False,
@@ -52,13 +54,14 @@ def demo(
         out: local folder for everything the run makes.
         percent: share of the training images that is labelled; none: 5 of the digits, 10 of a user's own.
         unlabeled: folder or `s3://` prefix of more images, without a json.
+        validation_fraction: share of the images to validate on, where there is no val json; none: that of the val json.
         preset: of the training; none: `demo` for the digits, `small` for a user's own images.
         overrides: settings, `key=value`.
         keep: leave store and endpoint up until Ctrl-C.
         runner: what each step runs in, and Triton: a process, or a container of its image.
 
     Raises:
-        UserError: bad input, or a server can't be started here.
+        UserError: bad input, other data than an earlier run's in the same store, or a server can't be started here.
     """
     if not PIPELINE.is_file():
         raise UserError(f"{PIPELINE}: not there; the demo runs in a checkout of the repository (git clone)")
@@ -95,6 +98,10 @@ def demo(
             make_digits(folder / "data")
             data = str(folder / "data")
             say(f"data: handwritten digits in cluttered scenes, look at {data}/images")
+        repository = f"{base}/triton"
+        live = [name] if read_champion(repository, name) else []
+        if live:  # the gate would find it, after the training
+            check_classes(data, repository, name)
         local = Path(data).resolve()
         if not storage.is_s3(data):
             storage.remove(f"{base}/data/{name}")  # an earlier run's
@@ -105,11 +112,9 @@ def demo(
             else:
                 storage.remove(f"{base}/unlabeled/{name}")  # an earlier run's
                 unlabeled = _upload(unlabeled, f"{base}/unlabeled/{name}")
-        repository = f"{base}/triton"
         url = os.environ.get("TRITON_URL")
         if not url:
             # what an earlier run deployed goes on serving if the gate keeps it
-            live = [name] if read_champion(repository, name) else []
             image = TRITON_IMAGE if runner == "docker" else None
             url = servers.enter_context(triton(repository, folder / "triton", load=live, image=image)).http
         say(f"server: Triton at {url}, models from {repository}")
@@ -122,6 +127,7 @@ def demo(
             "name": name,
             "percent": f"{percent:g}",
             "unlabeled": unlabeled or "",
+            "validation-fraction": f"{validation_fraction or 0:g}",
             "preset": preset,
             "runner": runner,
             "triton-backend": "onnxruntime" if "TRITON_URL" in os.environ else "python",
@@ -140,6 +146,28 @@ def demo(
             print(f"  softteacher predict --triton {url} --name {name} IMAGE ... --out pictures")
             print(f"  curl {url}/v2/models/{name}", flush=True)
             signal.pause()
+
+
+def check_classes(data: str, repository: str, name: str) -> None:
+    """Whether a detector of a data set can follow the live version: the gate takes none that lacks a class of it.
+
+    Args:
+        data: folder or `s3://` prefix with `images/` and `annotations/`.
+        repository: Triton's model repository.
+        name: of the model there.
+
+    Raises:
+        UserError: it can't.
+    """
+    known = parse_config(storage.read_bytes(storage.join(repository, name, "config.pbtxt"))).parameters["classes"]
+    classes = {c["name"] for c in json.loads(known.string_value)}
+    train_json = find_annotations(data)[0]
+    if lost := sorted(classes - set(load_coco(train_json).classes)):
+        raise UserError(
+            f"{train_json}: lacks the classes {', '.join(lost[:5])}{', ...' * (len(lost) > 5)} of the model that an "
+            f"earlier run left in {repository}; take another --out for other data (with a store of your own, remove "
+            f"{repository}/{name})"
+        )
 
 
 def _upload(data: str, target: str) -> str:

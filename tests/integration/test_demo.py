@@ -13,6 +13,7 @@ import pytest
 from softteacher.data.coco import load_coco
 from softteacher.data.split import split
 from softteacher.demo.digits import make_digits
+from tests.samples import write_coco
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SeaweedFS and Triton come as wheels for Linux")
 
@@ -45,7 +46,8 @@ def left_behind(out: Path) -> list[str]:
 
 def test_demo_serves_what_it_trained_and_stops_everything(data, tmp_path):
     settings = ["--set", "training.iterations=6", "--set", "data.workers=0"]
-    run = start(tmp_path, "--data", str(data), "--preset", "demo", "--percent", "30", *settings)
+    options = ["--preset", "demo", "--percent", "30", "--validation-fraction", "0.2"]
+    run = start(tmp_path, "--data", str(data), *options, *settings)
     output = run.communicate(timeout=500)[0]
     assert run.returncode == 0, output
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -66,8 +68,15 @@ def test_demo_serves_what_it_trained_and_stops_everything(data, tmp_path):
     [version] = summary["lineage"]["versions"]
     assert version["data"]["labeled"]["fingerprint"] in output
     # by itself, and from a folder, the split is that of the pipeline
-    alone = split(str(data), str(tmp_path / "splits"), percent=30, stratify=True)
-    assert alone["labeled"]["fingerprint"] == version["data"]["labeled"]["fingerprint"]
+    alone = split(str(data), str(tmp_path / "splits"), percent=30, stratify=True, validation_fraction=0.2)
+    for part in ("labeled", "validation"):
+        assert alone[part]["fingerprint"] == version["data"][part]["fingerprint"]
+    # what could never take this one's place is told before it is trained
+    other = start(tmp_path, "--data", str(write_coco(tmp_path / "pets")))
+    output = other.communicate(timeout=120)[0]
+    assert other.returncode == 2, output
+    assert "lacks the classes eight, five, four, nine, one, ... of the model that an earlier run left" in output
+    assert "[split]" not in output
     assert left_behind(tmp_path) == []
 
 

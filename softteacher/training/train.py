@@ -25,7 +25,7 @@ from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
 from softteacher.data.masks import require_masks
-from softteacher.data.split import load_unlabeled, without
+from softteacher.data.split import in_others, load_unlabeled, without
 from softteacher.detectors.build import build
 from softteacher.device import find_device, find_precision, keep_memory
 from softteacher.errors import UserError
@@ -101,6 +101,16 @@ def _train(
     main, s = distributed.rank() == 0, settings.training
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
+    if learnt := len(in_others(val_set, train_set)):
+        if learnt == len(val_set):
+            raise UserError(
+                f"{validation}: all its images are in {labeled}, too, and a score on what was learnt says nothing; "
+                "hold some images out (`softteacher split` does)"
+            )
+        say(
+            f"warning: {validation}: {learnt} of its {len(val_set)} images are in {labeled}, too: they are trained on, "
+            "and every AP comes out too high"
+        )
     if settings.detector.masks:
         require_masks(train_set)
         require_masks(val_set)

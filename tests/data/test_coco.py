@@ -95,6 +95,7 @@ def test_no_coco_json(tmp_path, text, message):
             for key in ("width", "height")
             for v in (MISSING, None, "32", 0, -5, True, 32.0, math.nan, 10**30)
         ),
+        *((image("file_name", v), "images 2 and 3 are one file, '.*2.png'; merge") for v in ("2.png", ".//2.png")),
         (image("new", "yes"), "image 3: 'new' is 'yes'; it must be true or false"),
         *((image("root", v), "image 3: 'root' is .*absolute") for v in ([1], "..", "", 5)),
         *((annotation("id", v), "annotation at position 4") for v in (MISSING, None, True, "3", [1], 10**30, 9.5)),
@@ -267,6 +268,12 @@ def test_fingerprint_is_of_the_content(tmp_path):
     ):
         path = write_json(tmp_path / f"other-{n}.json", other | {"softteacher": {"root": "/a"}})
         assert load_coco(path).fingerprint() != prints[0]
+
+
+def test_one_name_in_two_roots_is_two_files(tmp_path):
+    tree = image("file_name", "2.png") | {"softteacher": {"root": "/a"}}
+    tree["images"][2]["root"] = "/b"
+    assert [load_coco(write_json(tmp_path / "a.json", tree)).uri(n) for n in (1, 2)] == ["/a/2.png", "/b/2.png"]
 
 
 def test_targets_and_select(tmp_path):

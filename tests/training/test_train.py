@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -319,6 +320,30 @@ def test_bad_settings(manifests, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         run(manifests, tmp_path / "m", *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labelled_images_to_validate_on(manifests, tmp_path, capsys, monkeypatch):
+    """Some are told and kept, by whatever path they are known; nothing else can make a score."""
+    monkeypatch.setattr("softteacher.training.train.run_training", lambda *_: None)
+    (tmp_path / "link").symlink_to(Path(load_coco(manifests / "labeled.json").root).parent)
+    tree = json.loads((manifests / "labeled.json").read_text())
+    tree["softteacher"]["root"] = f"{tmp_path}/link/images"
+    same = write_json(tmp_path / "same.json", tree)
+    with pytest.raises(UserError, match=r"same\.json: all its images are in .*labeled\.json, too, and a score on"):
+        run(manifests, tmp_path / "m", "method.name=supervised", validation=same)
+    root = load_coco(manifests / "validation.json").root
+    tree["images"][2:] = [
+        row | {"root": root} for row in json.loads((manifests / "validation.json").read_text())["images"]
+    ]
+    ids = {row["id"] for row in tree["images"]}
+    tree["annotations"] = [row for row in tree["annotations"] if row["image_id"] in ids]
+    some = write_json(tmp_path / "some.json", tree)
+    run(manifests, tmp_path / "m", "method.name=supervised", validation=some)
+    assert f"some.json: 2 of its 8 images are in {manifests}/labeled.json, too" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert [facts["data"][part]["images"] for part in ("labeled", "validation")] == [6, 8]
+    run(manifests, tmp_path / "other", "method.name=supervised")
+    assert "are in" not in capsys.readouterr().err
 
 
 def test_a_store_that_is_not_there_is_told_before_the_training(manifests, s3, monkeypatch):

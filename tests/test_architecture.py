@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "softteacher"
 LAYERS = (
     {"errors", "choices"},
     {"detections"},
+    {"overrides"},
     {"config", "storage", "s3"},
     {"console"},
     {"device", "distributed"},

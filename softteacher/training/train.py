@@ -148,6 +148,11 @@ def _train(
         f"{_batch(settings)}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
         f"{str(student.precision).removeprefix('torch.')}"
     )
+    if s.warmup_iterations >= s.iterations:
+        say(
+            f"warning: training.warmup_iterations = {s.warmup_iterations}, but there are {s.iterations} iterations: lr "
+            f"never comes up to {s.lr:g}; set less"
+        )
     usual = _flat(Settings())
     other = [f"{key}={value}" for key, value in _flat(settings).items() if value != usual[key]]
     say(f"train: settings that are not the default: {', '.join(other) or 'none'}")

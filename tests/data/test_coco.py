@@ -310,6 +310,18 @@ def test_images_are_found_beside_the_json(tmp_path, monkeypatch, json_place, ima
     assert Path(found.root).resolve() == (tmp_path / image_place).resolve()
     monkeypatch.chdir(tmp_path)
     assert Path(load_coco(json_place).root).is_absolute()
+    monkeypatch.chdir(Path(path).parent)  # of which no name of a folder is left in the path
+    for name in (Path(path).name, f"./{Path(path).name}", f"../{Path(path).parent.name}/{Path(path).name}"):
+        assert load_coco(name).root == found.root
+
+
+@pytest.mark.parametrize("there", [5, 30, 99])
+def test_one_image_in_ten_is_enough_to_find_them(tmp_path, there):
+    path = write_json(tmp_path / "annotations" / "instances_train.json", coco_tree(100))
+    (tmp_path / "images").mkdir()
+    for n in range(max(1, there - 9), there + 1):
+        (tmp_path / "images" / f"{n}.png").touch()
+    assert load_coco(path).root == str(tmp_path / "images")
 
 
 def test_images_are_not_found(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "softteacher"
 LAYERS = (
-    {"errors", "choices"},
+    {"errors", "choices", "processors"},
     {"detections"},
     {"overrides"},
     {"config", "storage", "s3"},

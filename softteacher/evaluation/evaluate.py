@@ -22,7 +22,7 @@ from softteacher.data.masks import require_masks
 from softteacher.data.records import ImageRecord
 from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
-from softteacher.device import find_device, find_precision
+from softteacher.device import find_device, find_precision, set_threads
 from softteacher.errors import UserError
 from softteacher.evaluation.confusion import confusion
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
@@ -130,6 +130,7 @@ def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> 
 def load_detector(source: ModelFolder, weights: Weights) -> tuple[Detector, torch.device]:
     """A detector of a model folder, on the device and with the precision of its settings."""
     device = find_device(source.settings.training.device)
+    set_threads()
     detector = source.detector(weights).to(device)
     detector.precision = find_precision(source.settings.training.precision, device)
     return detector, device

@@ -21,13 +21,14 @@ import torchvision
 from softteacher import __version__, distributed, storage
 from softteacher.config import Settings, read_settings
 from softteacher.console import console, say
+from softteacher.data.cache import ImageCache
 from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
 from softteacher.data.masks import require_masks
 from softteacher.data.split import in_others, load_unlabeled, without
 from softteacher.detectors.build import build
-from softteacher.device import find_device, find_precision, keep_memory
+from softteacher.device import find_device, find_precision, keep_memory, set_threads
 from softteacher.errors import UserError
 from softteacher.evaluation.inference import score
 from softteacher.methods import build_method
@@ -128,10 +129,9 @@ def _train(
             "them as they are)"
         )
     # broken images are not found out after days of training
-    val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val"))
-    if s.threads or "LOCAL_WORLD_SIZE" in os.environ:
-        share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(s.threads or share)
+    read = ImageCache(settings.data.cache_mb, settings.data.cache_dir).read  # a run validates many times
+    val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val", read))
+    set_threads(s.threads)
     torch.manual_seed(s.seed)
     student = build(settings.detector, len(train_set.classes), names=train_set.classes).to(device)
     start = settings.detector.init_from
@@ -167,7 +167,7 @@ def _train(
 
     def validate(*names: str) -> dict[str, dict[str, Any]]:
         detectors = {"teacher": teacher, "student": student}
-        return {name: score(detectors[name], val_set, settings, device)[0] for name in names}
+        return {name: score(detectors[name], val_set, settings, device, read)[0] for name in names}
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
         # where it can be looked at while training goes on, and after a run that was stopped

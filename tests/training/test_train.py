@@ -1,6 +1,7 @@
 """Training end to end, on a few digits: what is in the model folder, and that the same seed gives the same bits."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, sha256
 from softteacher.training.train import for_batch, train
+from tests.faulty import FaultyProxy
 from tests.samples import TINY, write_json
 
 TERMS = {"rpn_cls", "rpn_box", "cls", "box"}
@@ -276,6 +278,28 @@ def test_from_s3_to_s3(digits, tmp_path, s3):
     again = evaluate(f"{s3}/model", names[2], f"{s3}/report")
     assert again["teacher"] == metrics["teacher"] | {LOW_SCORES: again["teacher"][LOW_SCORES]}
     assert {f.name for f in storage.list_files(f"{s3}/report")} == {"metrics.json", "detections.json", "report.html"}
+
+
+def test_validation_images_are_fetched_once(manifests, digits, tmp_path, s3, monkeypatch):
+    storage.copy(digits / "images", f"{s3}/images")
+    tree = json.loads((manifests / "validation.json").read_text())
+    tree["softteacher"]["root"] = f"{s3}/images"
+    validation = write_json(tmp_path / "validation.json", tree)
+    chosen = ["method.name=supervised", "training.evaluate_every=2", f"data.cache_dir={tmp_path}/cache"]
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL_S3"]) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store.url)
+        run(manifests, tmp_path / "m", *chosen, validation=validation)
+    assert len(store.seen) == 6  # of 24 times that an image is looked at
+
+
+def test_a_short_run_and_a_long_warm_up(manifests, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("softteacher.training.train.run_training", lambda *_: None)
+    for warmup in (4, 3):
+        run(manifests, tmp_path / str(warmup), "method.name=supervised", f"training.warmup_iterations={warmup}")
+        told = (
+            "warmup_iterations = 4, but there are 4 iterations: lr never comes up to 0.001" in capsys.readouterr().err
+        )
+        assert told == (warmup == 4)
 
 
 def other_classes(tree):

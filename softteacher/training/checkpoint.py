@@ -20,6 +20,12 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 
+def difference(run: dict[str, Any], other: dict[str, Any]) -> str:
+    """The first thing in which another run is another one; empty if it is this one."""
+    odd = [k for k in {**run, **other} if run.get(k) != other.get(k)]
+    return f"{odd[0]} is {run.get(odd[0])!r:.80}, there it was {other.get(odd[0])!r:.80}" if odd else ""
+
+
 class Checkpoints:
     """The last few checkpoints of one run.
 
@@ -98,13 +104,10 @@ class Checkpoints:
             except Exception as e:  # bytes that aren't ours can make the unpickler raise anything
                 say(f"{uri}: not used, {str(e).splitlines()[0][:200]}; the one before it is looked at")
                 continue
-            odd = [k for k in {**self.run, **state["run"]} if self.run.get(k) != state["run"].get(k)]
-            if odd:
-                now, then = self.run.get(odd[0]), state["run"].get(odd[0])
+            if odd := difference(self.run, state["run"]):
                 raise UserError(
-                    f"{self.uri}: holds checkpoints of another run ({odd[0]} is {now!r:.80}, there it was "
-                    f"{then!r:.80}); give the same settings and data to resume it, choose another --out or "
-                    "--checkpoints, or delete them"
+                    f"{self.uri}: holds checkpoints of another run ({odd}); give the same settings and data to resume "
+                    "it, choose another --out or --checkpoints, or delete them"
                 )
             return state
         return None

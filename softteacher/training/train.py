@@ -34,7 +34,7 @@ from softteacher.evaluation.inference import score
 from softteacher.methods import build_method
 from softteacher.model_folder import ModelFolder, origin
 from softteacher.storage import join
-from softteacher.training.checkpoint import Checkpoints
+from softteacher.training.checkpoint import Checkpoints, difference
 from softteacher.training.log import log_files
 from softteacher.training.self_label import self_label
 from softteacher.training.trainer import Trainer, run_training
@@ -321,12 +321,21 @@ def _burn_in(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finished(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the model at `out`, if it is that of this run."""
+    """The metrics of the model at `out`, if there is a whole one.
+
+    Raises:
+        UserError: it is of another run, whose work would be lost.
+    """
     try:
-        provenance = json.loads(storage.read_bytes(join(out, "provenance.json")))
-        return json.loads(storage.read_bytes(join(out, "metrics.json"))) if provenance["run"] == run else None
+        other = dict(json.loads(storage.read_bytes(join(out, "provenance.json")))["run"])
+        metrics = json.loads(storage.read_bytes(join(out, "metrics.json")))
     except (storage.MissingFile, ValueError, KeyError, TypeError):
         return None
+    if odd := difference(run, other):
+        raise UserError(
+            f"{out}: holds the model of another run ({odd}); choose another folder for this one, or remove it"
+        )
+    return metrics
 
 
 def versions() -> dict[str, str]:

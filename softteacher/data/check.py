@@ -47,7 +47,8 @@ def check_images(
     """
 
     def look(index: int) -> tuple[ImageRecord, list[str]]:
-        image, odd = read_image(dataset, index, read, short_side=1)  # read whole, but not blown up to all its pixels
+        # read whole, but not blown up to all its pixels
+        image, odd = read_image(dataset, index, read=read, short_side=1)
         width, height = original_size(image)
         return replace(dataset.images[index], width=width, height=height), odd
 

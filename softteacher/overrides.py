@@ -23,10 +23,14 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(str(loader.construct_scalar(node)).replace("_", ""))
+
+
 _FLOAT = r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan"
 for _tag, _pattern in zip(_NUMBERS, (r"[-+]?[0-9][0-9_]*", _FLOAT), strict=True):
     _Loader.add_implicit_resolver(_tag, re.compile(rf"({_pattern})\Z", re.IGNORECASE), list("-+.0123456789"))
-_Loader.add_constructor(_NUMBERS[0], lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
+_Loader.add_constructor(_NUMBERS[0], _decimal)
 
 
 def read_overrides(overrides: Iterable[str], known: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -162,6 +162,7 @@ def test_overrides(override, key, expected):
         ("data.labeled_color=maybe", "data.labeled_color = 'maybe'"),
         ("data.workers=2001-13-45", "can't be read"),
         ("data.workers=[1", "can't be read"),
+        ("data.workers=!!int [1]", "can't be read"),
         ("export.image_size=[1]", "export.image_size"),
         ("export.image_size=[0, 64]", "export.image_size = 0"),
         ("detector.backbone_weights=123", "detector.backbone_weights = 123"),

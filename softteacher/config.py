@@ -6,10 +6,8 @@ for the ImageNet weights, which the presets `coco-*` name.
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from softteacher.choices import EngineName, MethodName
 from softteacher.errors import UserError
+from softteacher.overrides import nearest, read_overrides
 
 KINDS = ("fasterrcnn", "maskrcnn", "fcos")
 RESNETS, SWINS = ("resnet18", "resnet34", "resnet50", "resnet101"), ("swin_t", "swin_s", "swin_b")
@@ -237,7 +236,9 @@ class TrainingSettings(_Group):
         "auto", description="auto: bf16 autocast where the hardware has it; fp16: with loss scaling, for older GPUs"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: one for each core. Tiny networks run best on 1")
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads; 0: one for each core that it may use. Tiny networks run best on 1"
+    )
     log_every: int = Field(20, ge=1, description="iterations between two lines of training.jsonl")
     evaluate_every: int = Field(
         0, ge=0, description="iterations between two validations, the best weights are kept; 0: only at the end"
@@ -246,6 +247,13 @@ class TrainingSettings(_Group):
     checkpoint_every: int = Field(500, ge=0, description="iterations between two checkpoints; 0: only at SIGTERM")
     keep_checkpoints: int = Field(2, ge=1, le=100, description="checkpoints that are kept")
     evaluate_batch: int = Field(4, ge=1, description="images per batch in evaluation")
+
+    @field_validator("lr_steps")
+    @classmethod
+    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < share <= 1 for share in value):
+            raise ValueError("these are shares of training.iterations, each above 0 and at most 1, e.g. [0.67, 0.89]")
+        return value
 
 
 class ExportSettings(_Group):
@@ -314,11 +322,12 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
     tree: dict[str, dict[str, Any]] = {}
     for part in preset.split("+") if preset is not None else ():
         if part not in presets():
-            raise UserError(f"--preset {part}: no such preset{_nearest(part, presets())}")
+            raise UserError(f"--preset {part}: no such preset{nearest(part, presets())}")
         text = files("softteacher.presets").joinpath(f"{part}.yaml").read_text()
         for group, values in yaml.safe_load(text).items():
             tree.setdefault(group, {}).update(values)
-    _override(tree, overrides)
+    for group, values in read_overrides(overrides, _keys()).items():
+        tree.setdefault(group, {}).update(values)
     return _validated(tree, "settings")
 
 
@@ -328,8 +337,7 @@ def change_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
     Raises:
         UserError: unknown key, bad value, or a setting that its weights depend on.
     """
-    changes: dict[str, dict[str, Any]] = {}
-    _override(changes, overrides)
+    changes = read_overrides(overrides, _keys())
     for key in (f"{group}.{key}" for group, values in changes.items() for key in values):
         if not key.startswith("export.") and key not in AFTER_TRAINING:
             free = f"export.*, {', '.join(AFTER_TRAINING)}"
@@ -340,25 +348,8 @@ def change_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
     return _validated(tree, "settings")
 
 
-def _override(tree: dict[str, dict[str, Any]], overrides: Iterable[str]) -> None:
-    known = [f"{g}.{k}" for g, model in Settings()._groups() for k in type(model).model_fields]
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise UserError(f"--set {override}: write key=value, for example training.iterations=1000")
-        if key not in known:
-            raise UserError(f"--set {key}: no such setting{_nearest(key, known)}")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):  # a date like 2001-13-45 is a ValueError
-            raise UserError(f"--set {override}: the value can't be read; quote it as YAML") from None
-        if isinstance(value, str) and value.lower() == "none":
-            value = None
-        elif isinstance(value, str):
-            with suppress(ValueError):  # YAML 1.1 reads 1e-4 as a string; a number is meant
-                value = float(value)
-        group, name = key.split(".")
-        tree.setdefault(group, {})[name] = value
+def _keys() -> list[str]:
+    return [f"{group}.{key}" for group, model in Settings()._groups() for key in type(model).model_fields]
 
 
 def read_settings(path: str | Path) -> Settings:
@@ -387,14 +378,8 @@ def _validated(tree: dict[str, Any], where: str) -> Settings:
         key = ".".join(str(x) for x in first["loc"] if isinstance(x, str)) or "settings"
         hint = ""
         if first["type"] == "literal_error":
-            hint = _nearest(
+            hint = nearest(
                 str(first["input"]), [x.strip("'") for x in first["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             )
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {key} = {reprlib.repr(first['input'])}: {message}{hint}") from None
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    tail = [k for k in known if k.endswith("." + word) or f"_{word}_" in k]  # `--set iterations=5`, or a backbone alone
-    close = tail or difflib.get_close_matches(word, known, n=1, cutoff=0 if "." in known[0] else 0.4)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from softteacher.errors import UserError
+from softteacher.processors import cpu_count
 
 
 def find_device(name: str) -> torch.device:
@@ -37,6 +38,16 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def set_threads(threads: int = 0) -> None:
+    """Let torch compute with so many threads on processors; 0: at most with one for each that this process may use.
+
+    torch itself counts the machine's cores, however few of them the container has, and torchrun leaves a process one.
+    """
+    share = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads or share < torch.get_num_threads() or "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(threads or share)
 
 
 def is_out_of_memory(error: Exception) -> bool:

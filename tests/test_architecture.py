@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "softteacher"
 LAYERS = (
-    {"errors", "choices"},
+    {"errors", "choices", "processors"},
     {"detections"},
+    {"overrides"},
     {"config", "storage", "s3"},
     {"console"},
     {"device", "distributed"},

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from softteacher.device import find_precision
+from softteacher.device import find_precision, set_threads
 
 FAULTS = """
 import resource, torch
@@ -35,3 +35,29 @@ def test_bf16_on_gpus_that_multiply_it(monkeypatch, ampere):
     """Older ones emulate it, slower than fp32, and by default PyTorch calls that supported."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or ampere)
     assert find_precision("auto", torch.device("cuda")) == (torch.bfloat16 if ampere else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "processors", "expected"),
+    [
+        (0, None, 2, 2),
+        (0, None, 9, 4),
+        (3, None, 2, 3),
+        (9, None, 2, 9),
+        (0, "2", 16, 8),
+        (0, "8", 4, 1),
+        (3, "2", 4, 3),
+    ],
+)
+def test_threads_of_the_container(monkeypatch, asked, processes, processors, expected):
+    """`torch` would take 4, which is less than there may be: OMP_NUM_THREADS is somebody's wish, but torchrun's."""
+    monkeypatch.setattr("softteacher.device.cpu_count", lambda: processors)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        set_threads(asked)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from softteacher.console import Bar, say
 from softteacher.data.coco import load_coco, require_same_classes
 from softteacher.data.images import BadImage
 from softteacher.errors import UserError
+from softteacher.processors import cpu_count
 
 THREADS = 16  # that read from a store, for most of their time is waiting
 BLOCK = 4096  # images in flight
@@ -197,7 +197,7 @@ def hash_shard(plan: str, shard: int, out: str) -> dict[str, Any]:
         except (BadImage, storage.MissingFile) as e:
             return e
 
-    threads = min(max(THREADS, os.cpu_count() or 1), 1 + len(todo) // 8)  # a thread's first request takes its time
+    threads = min(max(THREADS, cpu_count()), 1 + len(todo) // 8)  # a thread's first request takes its time
     with Bar("collect", len(todo)) as bar, ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(todo), BLOCK):
             block = todo[start : start + BLOCK]

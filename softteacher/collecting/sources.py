@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from softteacher import storage
 from softteacher.collecting.table import ImageTable
 from softteacher.console import say
-from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.coco import CocoDataset, load_coco, spread
 from softteacher.data.images import SUFFIXES
 from softteacher.data.records import file_name_complaint
 from softteacher.errors import UserError
@@ -44,7 +44,7 @@ def load_labels(uri: str, source: str) -> CocoDataset:
             dataset = load_coco(uri, source)
         except UserError:
             raise first from None
-        if not any(storage.exists(dataset.uri(n)) for n in range(min(5, len(dataset)))):
+        if not any(storage.exists(dataset.uri(n)) for n in spread(len(dataset))):
             raise UserError(f"{first}, or into {source}") from None
         return dataset
 

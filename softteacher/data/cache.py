@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from softteacher.errors import UserError
 
 _SHARDS = 8
 _TROUBLE = (OSError, sqlite3.Error, diskcache.Timeout)
+_OPENING = threading.Lock()  # not a cache's own: a cache travels to loader processes
 
 
 class ImageCache:
@@ -26,7 +28,7 @@ class ImageCache:
 
     An entry is used when the store says that the object still has its etag, which is asked once in a run (and
     process): a run sees new images under old names, and costs no traffic from its second epoch on. Local files are on
-    the disk already. Without a disk that takes files, reading goes on without the cache.
+    the disk already. Without a disk that takes files, reading goes on without the cache. Threads may share one.
 
     Args:
         megabytes: its size on the disk, but never more than half of what is free there; 0: no cache.
@@ -60,12 +62,13 @@ class ImageCache:
         return data
 
     def _load(self, uri: str) -> tuple[bytes | None, str]:
-        if not self._opened:
-            self._opened = True
-            self._open()
-        if self._cache is not None:
+        with _OPENING:
+            if not self._opened:
+                self._opened = True
+                self._open()
+        if (cache := self._cache) is not None:
             try:
-                value, etag = self._cache.get(uri, tag=True) or (None, "")  # nothing at all: the lock was not to be had
+                value, etag = cache.get(uri, tag=True) or (None, "")  # nothing at all: the lock was not to be had
                 # the sum is ours: after a power cut, a file may be there whose bytes are not
                 if value and zlib.crc32(value[4:]) == int.from_bytes(value[:4], "big"):
                     return value[4:], etag
@@ -75,9 +78,9 @@ class ImageCache:
         return None, ""
 
     def _store(self, uri: str, data: bytes, etag: str) -> None:
-        if self._cache is not None and self._storing and etag:
+        if (cache := self._cache) is not None and self._storing and etag:
             try:
-                self._cache.set(uri, zlib.crc32(data).to_bytes(4, "big") + data, tag=etag)
+                cache.set(uri, zlib.crc32(data).to_bytes(4, "big") + data, tag=etag)
             except _TROUBLE as e:
                 self._storing = False
                 self._say(e, "no further images are kept")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 import random
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +17,18 @@ from softteacher.data.coco import CocoDataset
 from softteacher.data.images import ROTATED, BadImage, decode, original_size
 from softteacher.data.records import ImageRecord
 from softteacher.errors import UserError
+from softteacher.processors import cpu_count
 
 MOST = 10_000  # images that are looked at: of a larger data set a sample, for training itself survives broken images
+THREADS = 8  # that read, even on one processor: of a store they wait for most of their time
 
 
-def check_images(dataset: CocoDataset, max_bad: float, title: str = "check images") -> CocoDataset:
+def check_images(
+    dataset: CocoDataset,
+    max_bad: float,
+    title: str = "check images",
+    read: Callable[[str], bytes] = storage.read_bytes,
+) -> CocoDataset:
     """Read and decode every image of a data set, or of one larger than `MOST` a random sample (always the same).
 
     Of a labelled one those of unknown size are always in the sample.
@@ -31,6 +37,7 @@ def check_images(dataset: CocoDataset, max_bad: float, title: str = "check image
         dataset: what to check; images of unknown size are fine.
         max_bad: share of broken images, of those looked at, that is survived (one always is).
         title: stands before the progress bar.
+        read: gives the bytes of an image file, from several threads.
 
     Returns:
         The data set without the broken images, with the size of every image that was looked at.
@@ -40,7 +47,8 @@ def check_images(dataset: CocoDataset, max_bad: float, title: str = "check image
     """
 
     def look(index: int) -> tuple[ImageRecord, list[str]]:
-        image, odd = read_image(dataset, index, short_side=1)  # read whole, but not blown up to all its pixels
+        # read whole, but not blown up to all its pixels
+        image, odd = read_image(dataset, index, read=read, short_side=1)
         width, height = original_size(image)
         return replace(dataset.images[index], width=width, height=height), odd
 
@@ -52,7 +60,7 @@ def check_images(dataset: CocoDataset, max_bad: float, title: str = "check image
     counts: collections.Counter[str] = collections.Counter()
     broken: dict[int, str] = {}
     records = list(dataset.images)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max(THREADS, cpu_count())) as pool:
         futures = [pool.submit(look, i) for i in chosen]
         try:
             for index, future in track(zip(chosen, futures, strict=True), title, len(futures)):

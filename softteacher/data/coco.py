@@ -225,9 +225,18 @@ def require_same_classes(a: CocoDataset, b: CocoDataset) -> None:
     Raises:
         UserError: they differ; says in what.
     """
-    if a.categories != b.categories:
-        odd = sorted(set(a.categories) ^ set(b.categories))[:3]
-        raise UserError(f"{a.source} and {b.source}: the class sets differ (e.g. {odd}); use one list in both files")
+    require_classes(a, b.categories, b.source, "use one list in both files")
+
+
+def require_classes(dataset: CocoDataset, categories: list[tuple[int, str]], whose: str, advice: str) -> None:
+    """A data set must have the given categories.
+
+    Raises:
+        UserError: it has others; says which, and `advice`.
+    """
+    if dataset.categories != categories:
+        odd = sorted(set(dataset.categories) ^ set(categories))[:3]
+        raise UserError(f"{dataset.source} and {whose}: the class sets differ (e.g. {odd}); {advice}")
 
 
 @without_gc()
@@ -260,12 +269,18 @@ def find_images(source: str, images: list[ImageRecord]) -> str:
     Raises:
         UserError: no image of the json is in any of them.
     """
-    folder, name = source.rsplit("/", 1) if "/" in source else (".", source)
+    path = source if storage.is_s3(source) else os.path.normpath(Path(source).absolute())
+    folder, name = path.rsplit("/", 1)
     split = PurePosixPath(name).stem.removeprefix("instances_").removeprefix("image_info_")
-    above = folder if storage.is_s3(folder) else "."  # of a json at the root of a bucket, or in the working folder
-    base = folder.rsplit("/", 1)[0] if "/" in folder.removeprefix("s3://") else above
+    base = folder.rsplit("/", 1)[0] if "/" in folder.removeprefix("s3://") else folder  # not above a bucket
     places = [f"{base}/images/{split}", f"{base}/images", f"{base}/{split}", base, f"{folder}/images", folder]
+    some = [images[n] for n in spread(len(images))]
     for place in places:
-        if not images or any(storage.exists(storage.join(place, i.file_name)) for i in images[:5]):
-            return place if storage.is_s3(place) else str(Path(place).absolute())
+        if not images or any(storage.exists(storage.join(place, i.file_name)) for i in some):
+            return place or "/"
     raise UserError(f"{source}: its images are not found (looked in {', '.join(places)}); put them into {places[1]}")
+
+
+def spread(count: int, most: int = 20) -> range:
+    """Some of `count` positions, from all over them: the first images of a list may be those that have gone."""
+    return range(0, count, max(1, -(-count // most)))

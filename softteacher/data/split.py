@@ -206,13 +206,18 @@ def without(dataset: CocoDataset, *others: CocoDataset) -> CocoDataset:
 
     A detector that learns from validation images, be it without their boxes, has no score that can be believed.
     """
-    taken = {place for other in others for place in _places(other)}
-    kept = [n for n, place in enumerate(_places(dataset)) if place not in taken]
-    if len(kept) == len(dataset):
+    known = in_others(dataset, *others)
+    if not len(known):
         return dataset
-    many = f"{len(dataset) - len(kept)} of its {len(dataset)} images"
+    many = f"{len(known)} of its {len(dataset)} images"
     say(f"{dataset.source}: {many} are in {' and '.join({o.source: o for o in others})}, too; they are left out")
-    return dataset.select(kept)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), known))
+
+
+def in_others(dataset: CocoDataset, *others: CocoDataset) -> np.ndarray:
+    """[N] int64, the positions of the images whose files others have, too."""
+    taken = {place for other in others for place in _places(other)}
+    return np.array([n for n, place in enumerate(_places(dataset)) if place in taken], np.int64)
 
 
 def _places(dataset: CocoDataset) -> Iterator[str]:

@@ -14,7 +14,7 @@ from softteacher import storage
 from softteacher.choices import Weights
 from softteacher.config import MethodSettings
 from softteacher.data.coco import CocoDataset
-from softteacher.evaluation.evaluate import load_detector, load_labelled, say_score, write_evaluation
+from softteacher.evaluation.evaluate import load_detector, load_labelled, refuse_model, say_score, write_evaluation
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
 from softteacher.evaluation.observe import Observed, Observer
 from softteacher.evaluation.plots import iou_scatter, threshold_curve
@@ -52,6 +52,7 @@ def analyze(
     Raises:
         UserError: bad input; nothing is written then.
     """
+    refuse_model(out, model)
     with storage.local_input(model) as path:
         source = ModelFolder(path, model, overrides)
         dataset = load_labelled(source, data, images)

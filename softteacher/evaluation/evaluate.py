@@ -16,13 +16,13 @@ from softteacher.choices import Weights
 from softteacher.config import Settings
 from softteacher.console import say
 from softteacher.data.check import read_image
-from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.coco import CocoDataset, load_coco, require_classes
 from softteacher.data.images import BadImage, original_size
 from softteacher.data.masks import require_masks
 from softteacher.data.records import ImageRecord
 from softteacher.detections import Detections
 from softteacher.detectors.base import Detector
-from softteacher.device import find_device, find_precision
+from softteacher.device import find_device, find_precision, set_threads
 from softteacher.errors import UserError
 from softteacher.evaluation.confusion import confusion
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
@@ -63,6 +63,7 @@ def evaluate(
     Raises:
         UserError: bad input; nothing is written then.
     """
+    refuse_model(out, model)
     with storage.local_input(model) as path:
         source = ModelFolder(path, model, overrides)
         dataset = load_labelled(source, data)
@@ -89,6 +90,22 @@ def evaluate(
             return write_evaluation(folder, source, scored, weights or "teacher")
 
 
+def refuse_model(out: str, model: str) -> None:
+    """Refuse to write an evaluation into the model folder itself, whose own metrics would go.
+
+    Args:
+        out: where it is to be written.
+        model: the model folder.
+
+    Raises:
+        UserError: they are the same place.
+    """
+    if storage.place(out) == storage.place(model):
+        raise UserError(
+            f"--out {out}: is the model itself, whose metrics.json would be replaced; choose another folder"
+        )
+
+
 def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> CocoDataset:
     """The data set that a model is scored on.
 
@@ -104,10 +121,7 @@ def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> 
         UserError: it can't be read, has other classes than the model, or lacks masks.
     """
     dataset = load_coco(data, images)
-    if dataset.categories != source.categories:
-        raise UserError(
-            f"{data}: its classes are not those that {source.name} was trained on; use a data set with the same"
-        )
+    require_classes(dataset, source.categories, source.name, "use a data set with the classes of the model")
     if not source.settings.detector.masks:
         return dataset
     require_masks(dataset)
@@ -130,6 +144,7 @@ def load_labelled(source: ModelFolder, data: str, images: str | None = None) -> 
 def load_detector(source: ModelFolder, weights: Weights) -> tuple[Detector, torch.device]:
     """A detector of a model folder, on the device and with the precision of its settings."""
     device = find_device(source.settings.training.device)
+    set_threads()
     detector = source.detector(weights).to(device)
     detector.precision = find_precision(source.settings.training.precision, device)
     return detector, device

@@ -23,7 +23,7 @@ from softteacher.device import is_out_of_memory
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.evaluation.shard import Shard
-from softteacher.storage import MissingFile
+from softteacher.storage import MissingFile, read_bytes
 
 # COCO metrics, detections in COCO results format, and the data set without broken images
 Scored = tuple[dict[str, Any], list[dict[str, Any]], CocoDataset]
@@ -38,6 +38,7 @@ def detect_dataset(
     title: str = "evaluate",
     shard: Shard | None = None,
     keep: Callable[[int, Detections], Detections] = lambda _, d: d,
+    read: Callable[[str], bytes] = read_bytes,
 ) -> dict[int, Detections]:
     """Detections (numpy, pixels of the original image) by image id; broken images are counted and left out.
 
@@ -45,7 +46,8 @@ def detect_dataset(
 
     Of many processes each takes a share of the batches, and gets all detections. With a shard there are only those of
     its share of the batches, which are the same that they are without. `keep` is called with the id and detections of
-    each image as they come; what it returns stays in memory.
+    each image as they come; what it returns stays in memory. `read` gives the bytes of an image file, from several
+    threads.
 
     Raises:
         UserError: more images are broken than `data.max_bad_images` allows.
@@ -54,7 +56,7 @@ def detect_dataset(
     def load(index: int) -> tuple[int, np.ndarray, np.ndarray] | str:
         """Image id, resized image, and how much it was scaled; or what is wrong with it."""
         try:
-            image = read_image(dataset, index)[0]
+            image = read_image(dataset, index, read)[0]
         except (BadImage, MissingFile) as e:
             return str(e)
         width, height = inference_size(*image.size, settings.data.short_side, settings.data.max_long_side)
@@ -98,9 +100,15 @@ def detect_dataset(
     return found
 
 
-def score(detector: Detector, dataset: CocoDataset, settings: Settings, device: torch.device) -> Scored:
+def score(
+    detector: Detector,
+    dataset: CocoDataset,
+    settings: Settings,
+    device: torch.device,
+    read: Callable[[str], bytes] = read_bytes,
+) -> Scored:
     """COCO metrics of a detector, its detections in COCO results format, and the data set without broken images."""
-    return score_found(dataset, detect_dataset(detector, dataset, settings, device), settings)
+    return score_found(dataset, detect_dataset(detector, dataset, settings, device, read=read), settings)
 
 
 def score_found(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from PIL import Image
 from softteacher import storage
 from softteacher.console import say
 from softteacher.data.check import read_image
-from softteacher.data.coco import CocoDataset, load_coco
+from softteacher.data.coco import CocoDataset, load_coco, require_classes
 from softteacher.data.split import load_unlabeled
 from softteacher.detections import Detections
 from softteacher.errors import UserError
@@ -35,6 +36,7 @@ UNSURE = (0.2, 0.8)  # scores that could be either
 MOST_ENTROPY = 5.0  # bits; hundreds of half-seen boxes are no better than five
 SAME = 0.98  # cosine similarity of near-duplicates
 ON_SHEET = 100  # images; a JPEG has at most 65,535 rows
+TO_LABEL = "to_label.json"
 TERMS = ("variance", "entropy", "shortage")
 
 
@@ -80,6 +82,8 @@ def rank(
     """
     if top < 1:
         raise UserError(f"--top {top}: must be 1 or more")
+    if not shard:
+        _refuse_corrected(out)
     with storage.local_input(model) as path:
         source = ModelFolder(path, model, overrides)
         dataset = load_unlabeled(unlabeled)
@@ -135,7 +139,8 @@ def rank(
             if len(tiles) < ON_SHEET:
                 caption = f"{row['rank']}. {row['file_name']}: {row['reason']}"
                 tiles.append(tile(picture, boxes, source.classes, caption))
-        (folder / "to_label.json").write_text(json.dumps(tree))
+        tree["softteacher"]["sha256"] = _digest(tree)
+        (folder / TO_LABEL).write_text(json.dumps(tree))
         contact_sheet(tiles).save(folder / "contact_sheet.jpg", quality=88)
     say(
         f"rank: {len(rows)} of {len(dataset)} images -> {out}; labels counted in {origin}; "
@@ -202,8 +207,7 @@ def _label_counts(source: ModelFolder, labeled: str | None) -> tuple[np.ndarray,
     """Labelled boxes of each class [C], and where they were counted."""
     if labeled is not None:
         dataset = load_coco(labeled)
-        if dataset.categories != source.categories:
-            raise UserError(f"{labeled}: its classes are not those that {source.name} was trained on; give its labels")
+        require_classes(dataset, source.categories, source.name, "give labels with the classes of the model")
         return np.array(list(dataset.class_counts().values())), labeled
     trained_on = source.provenance.get("data", {}).get("labeled", {})
     try:
@@ -245,6 +249,26 @@ def _write_list(folder: Path, rows: list[dict[str, Any]]) -> None:
 def _empty_coco(dataset: CocoDataset, source: ModelFolder) -> dict[str, Any]:
     categories = [{"id": i, "name": name} for i, name in source.categories]
     return {"softteacher": {"root": dataset.root}, "images": [], "annotations": [], "categories": categories}
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    """sha256 of all that a person may correct in `to_label.json`."""
+    content = [tree[key] for key in ("images", "annotations", "categories")]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_corrected(out: str) -> None:
+    """Refuse to write over a `to_label.json` that is not as `rank` has written it: there is somebody's work in it."""
+    where = storage.join(out, TO_LABEL)
+    try:
+        tree = json.loads(storage.read_bytes(where))
+        if tree["softteacher"]["sha256"] == _digest(tree):
+            return
+    except storage.MissingFile:
+        return
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{where}: was changed since it was written, and the corrections would go; choose another --out")
 
 
 def _add_image(

@@ -16,6 +16,7 @@ from softteacher.data.coco import CocoDataset
 from softteacher.data.images import inference_size
 from softteacher.data.loader import STRIDE
 from softteacher.detections import match_boxes
+from softteacher.device import set_threads
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.model_folder import ModelFolder, sha256
@@ -48,6 +49,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher", overrides: Seq
         UserError: the folder is torn, the graph and PyTorch disagree, or the export loses more AP than
             `export.max_ap_loss`; nothing is written then.
     """
+    set_threads()
     with storage.local_input(model) as path, storage.output_folder(out) as folder:
         source = ModelFolder(path, model, overrides)
         validation = source.validation()

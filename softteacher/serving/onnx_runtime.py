@@ -18,6 +18,7 @@ from softteacher.data.images import letterbox
 from softteacher.detections import Detections
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import coco_metrics, coco_results
+from softteacher.processors import engine_threads
 from softteacher.serving import engines
 from softteacher.serving.outputs import to_detections
 
@@ -40,7 +41,7 @@ class OnnxDetector:
 
     def __init__(self, path: str | Path) -> None:
         try:
-            self.run = engines.load(path)
+            self.run = engines.load(path, threads=engine_threads())
             metadata = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
             self.categories = [(int(c["id"]), str(c["name"])) for c in json.loads(metadata["classes"])]
             how = json.loads(metadata["preprocessing"])

@@ -16,6 +16,7 @@ import onnx
 from softteacher.config import ExportSettings
 from softteacher.console import say
 from softteacher.data.coco import CocoDataset
+from softteacher.processors import engine_threads
 from softteacher.serving import engines
 from softteacher.serving.graph import LATERALS
 from softteacher.serving.onnx_runtime import OnnxDetector, score_canvases
@@ -66,7 +67,7 @@ def measure_engines(
             continue
         loss, facts = 1.0, {}
         for file, until, kept in _attempts(folder, precision, detector, samples):
-            run = engines.load(file, engine, precision, fp32_until=until)
+            run = engines.load(file, engine, precision, fp32_until=until, threads=engine_threads())
             found = score_canvases(run, detector, validation, name)["AP"]
             loss = ap["pytorch"] - found
             facts = {"ap": found, "ap_loss": loss, "images_per_second": _speed(run, samples), **kept}

@@ -20,6 +20,13 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 
+def difference(run: dict[str, Any], other: dict[str, Any]) -> str:
+    """In what another run is another one, the first three things; empty if it is this one."""
+    odd = [k for k in {**run, **other} if run.get(k) != other.get(k)]
+    said = [f"{k} is {run.get(k)!r:.80}, there it was {other.get(k)!r:.80}" for k in odd[:3]]
+    return "; ".join([*said, f"and {len(odd) - 3} more"] if len(odd) > 3 else said)
+
+
 class Checkpoints:
     """The last few checkpoints of one run.
 
@@ -98,13 +105,10 @@ class Checkpoints:
             except Exception as e:  # bytes that aren't ours can make the unpickler raise anything
                 say(f"{uri}: not used, {str(e).splitlines()[0][:200]}; the one before it is looked at")
                 continue
-            odd = [k for k in {**self.run, **state["run"]} if self.run.get(k) != state["run"].get(k)]
-            if odd:
-                said = [f"{k} is {self.run.get(k)!r:.80}, there it was {state['run'].get(k)!r:.80}" for k in odd[:3]]
-                said += [f"and {len(odd) - 3} more"] if len(odd) > 3 else []
+            if odd := difference(self.run, state["run"]):
                 raise UserError(
-                    f"{self.uri}: holds checkpoints of another run ({'; '.join(said)}); give the same settings and "
-                    "data to resume it, choose another --out or --checkpoints, or delete them"
+                    f"{self.uri}: holds checkpoints of another run ({odd}); give the same settings and data to resume "
+                    "it, choose another --out or --checkpoints, or delete them"
                 )
             return state
         return None

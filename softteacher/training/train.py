@@ -21,19 +21,20 @@ import torchvision
 from softteacher import __version__, distributed, storage
 from softteacher.config import Settings, read_settings
 from softteacher.console import console, say
+from softteacher.data.cache import ImageCache
 from softteacher.data.check import check_images
 from softteacher.data.coco import CocoDataset, load_coco, require_same_classes
 from softteacher.data.loader import batches
 from softteacher.data.masks import require_masks
-from softteacher.data.split import load_unlabeled, without
+from softteacher.data.split import in_others, load_unlabeled, without
 from softteacher.detectors.build import build
-from softteacher.device import find_device, find_precision, keep_memory
+from softteacher.device import find_device, find_precision, keep_memory, set_threads
 from softteacher.errors import UserError
 from softteacher.evaluation.inference import score
 from softteacher.methods import build_method
 from softteacher.model_folder import ModelFolder, origin
 from softteacher.storage import join
-from softteacher.training.checkpoint import Checkpoints
+from softteacher.training.checkpoint import Checkpoints, difference
 from softteacher.training.log import log_files
 from softteacher.training.self_label import self_label
 from softteacher.training.trainer import Trainer, run_training
@@ -101,6 +102,16 @@ def _train(
     main, s = distributed.rank() == 0, settings.training
     train_set, val_set = load_coco(labeled), load_coco(validation)
     require_same_classes(train_set, val_set)
+    if learnt := len(in_others(val_set, train_set)):
+        if learnt == len(val_set):
+            raise UserError(
+                f"{validation}: all its images are in {labeled}, too, and a score on what was learnt says nothing; "
+                "hold some images out (`softteacher split` does)"
+            )
+        say(
+            f"warning: {validation}: {learnt} of its {len(val_set)} images are in {labeled}, too: they are trained on, "
+            "and every AP comes out too high"
+        )
     if settings.detector.masks:
         require_masks(train_set)
         require_masks(val_set)
@@ -118,10 +129,9 @@ def _train(
             "them as they are)"
         )
     # broken images are not found out after days of training
-    val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val"))
-    if s.threads or "LOCAL_WORLD_SIZE" in os.environ:
-        share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(s.threads or share)
+    read = ImageCache(settings.data.cache_mb, settings.data.cache_dir).read  # a run validates many times
+    val_set = distributed.once(lambda: check_images(val_set, settings.data.max_bad_images, "check val", read))
+    set_threads(s.threads)
     torch.manual_seed(s.seed)
     student = build(settings.detector, len(train_set.classes), names=train_set.classes).to(device)
     start = settings.detector.init_from
@@ -138,6 +148,11 @@ def _train(
         f"{_batch(settings)}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
         f"{str(student.precision).removeprefix('torch.')}"
     )
+    if s.warmup_iterations >= s.iterations:
+        say(
+            f"warning: training.warmup_iterations = {s.warmup_iterations}, but there are {s.iterations} iterations: lr "
+            f"never comes up to {s.lr:g}; set less"
+        )
     usual = _flat(Settings())
     other = [f"{key}={value}" for key, value in _flat(settings).items() if value != usual[key]]
     say(f"train: settings that are not the default: {', '.join(other) or 'none'}")
@@ -152,7 +167,7 @@ def _train(
 
     def validate(*names: str) -> dict[str, dict[str, Any]]:
         detectors = {"teacher": teacher, "student": student}
-        return {name: score(detectors[name], val_set, settings, device)[0] for name in names}
+        return {name: score(detectors[name], val_set, settings, device, read)[0] for name in names}
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
         # where it can be looked at while training goes on, and after a run that was stopped
@@ -306,12 +321,21 @@ def _burn_in(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finished(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the model at `out`, if it is that of this run."""
+    """The metrics of the model at `out`, if there is a whole one.
+
+    Raises:
+        UserError: it is of another run, whose work would be lost.
+    """
     try:
-        provenance = json.loads(storage.read_bytes(join(out, "provenance.json")))
-        return json.loads(storage.read_bytes(join(out, "metrics.json"))) if provenance["run"] == run else None
+        other = dict(json.loads(storage.read_bytes(join(out, "provenance.json")))["run"])
+        metrics = json.loads(storage.read_bytes(join(out, "metrics.json")))
     except (storage.MissingFile, ValueError, KeyError, TypeError):
         return None
+    if odd := difference(run, other):
+        raise UserError(
+            f"{out}: holds the model of another run ({odd}); choose another folder for this one, or remove it"
+        )
+    return metrics
 
 
 def versions() -> dict[str, str]:

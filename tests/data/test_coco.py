@@ -95,6 +95,7 @@ def test_no_coco_json(tmp_path, text, message):
             for key in ("width", "height")
             for v in (MISSING, None, "32", 0, -5, True, 32.0, math.nan, 10**30)
         ),
+        *((image("file_name", v), "images 2 and 3 are one file, '.*2.png'; merge") for v in ("2.png", ".//2.png")),
         (image("new", "yes"), "image 3: 'new' is 'yes'; it must be true or false"),
         *((image("root", v), "image 3: 'root' is .*absolute") for v in ([1], "..", "", 5)),
         *((annotation("id", v), "annotation at position 4") for v in (MISSING, None, True, "3", [1], 10**30, 9.5)),
@@ -269,6 +270,12 @@ def test_fingerprint_is_of_the_content(tmp_path):
         assert load_coco(path).fingerprint() != prints[0]
 
 
+def test_one_name_in_two_roots_is_two_files(tmp_path):
+    tree = image("file_name", "2.png") | {"softteacher": {"root": "/a"}}
+    tree["images"][2]["root"] = "/b"
+    assert [load_coco(write_json(tmp_path / "a.json", tree)).uri(n) for n in (1, 2)] == ["/a/2.png", "/b/2.png"]
+
+
 def test_targets_and_select(tmp_path):
     tree = coco_tree()
     tree["annotations"][5]["iscrowd"] = 1  # the second box of image 3
@@ -303,6 +310,18 @@ def test_images_are_found_beside_the_json(tmp_path, monkeypatch, json_place, ima
     assert Path(found.root).resolve() == (tmp_path / image_place).resolve()
     monkeypatch.chdir(tmp_path)
     assert Path(load_coco(json_place).root).is_absolute()
+    monkeypatch.chdir(Path(path).parent)  # of which no name of a folder is left in the path
+    for name in (Path(path).name, f"./{Path(path).name}", f"../{Path(path).parent.name}/{Path(path).name}"):
+        assert load_coco(name).root == found.root
+
+
+@pytest.mark.parametrize("there", [5, 30, 99])
+def test_one_image_in_ten_is_enough_to_find_them(tmp_path, there):
+    path = write_json(tmp_path / "annotations" / "instances_train.json", coco_tree(100))
+    (tmp_path / "images").mkdir()
+    for n in range(max(1, there - 9), there + 1):
+        (tmp_path / "images" / f"{n}.png").touch()
+    assert load_coco(path).root == str(tmp_path / "images")
 
 
 def test_images_are_not_found(tmp_path):

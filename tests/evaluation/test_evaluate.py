@@ -12,6 +12,7 @@ from softteacher.config import Settings
 from softteacher.data.coco import load_coco
 from softteacher.detections import Detections
 from softteacher.errors import UserError
+from softteacher.evaluation.analyze import analyze
 from softteacher.evaluation.evaluate import evaluate, score_both
 from softteacher.evaluation.metrics import KEYS, LOW_SCORES
 from softteacher.model_folder import ModelFolder, sha256
@@ -147,7 +148,7 @@ def harmful(folder):
         (replaced("settings.yaml", "detector: {fpn_channels: 8, norm: group}"), True, "no weights for its settings"),
         (replaced("classes.json", "5"), True, "classes.json is not ours"),
         (replaced("classes.json", '[{"id": NaN, "name": "x"}]'), True, "classes.json is not ours"),
-        (replaced("classes.json", "[]"), True, "its classes are not those"),
+        (replaced("classes.json", "[]"), True, "the class sets differ"),
         *((replaced("provenance.json", t), False, "provenance.json is not ours") for t in ("5", "{}", '{"sha256": 5}')),
         (replaced("provenance.json", "{"), False, "provenance.json: missing or broken json"),
         (replaced("provenance.json", '{"sha256": {}}'), False, "student.pt: missing or changed"),
@@ -183,9 +184,20 @@ def test_errors_name_the_folder_that_the_user_gave(trained):
         ModelFolder("/tmp", "s3://bucket/model")
 
 
+@pytest.mark.parametrize("command", [evaluate, analyze])
+def test_the_models_own_metrics_are_not_replaced(trained, manifests, tmp_path, command):
+    shutil.copytree(trained, tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    with pytest.raises(UserError, match=r"--out .*link: is the model itself, whose metrics\.json would be replaced"):
+        command(str(tmp_path / "model"), str(manifests / "validation.json"), str(tmp_path / "link"))
+    assert (tmp_path / "model" / "metrics.json").read_bytes() == (trained / "metrics.json").read_bytes()
+
+
 def test_other_classes(trained, manifests, tmp_path):
     tree = json.loads((manifests / "validation.json").read_text())
     tree["categories"][0]["name"] = "nil"
     path = write_json(tmp_path / "v.json", tree)
-    with pytest.raises(UserError, match="its classes are not those that"):
+    first = tree["categories"][0]["id"]
+    odd = rf"\[\({first}, 'nil'\), \({first}, 'zero'\)\]"
+    with pytest.raises(UserError, match=rf"v\.json and {trained}: the class sets differ \(e\.g\. {odd}\); use a data"):
         evaluate(str(trained), path, str(tmp_path / "out"))

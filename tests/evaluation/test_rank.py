@@ -198,7 +198,7 @@ def test_odd_names_and_a_broken_image(trained, painted, labels, tmp_path, capsys
         ("no folder", "/nowhere: no such folder or prefix"),
         ("no images", "no images in it; give the images that might be labelled"),
         ("top", "--top 0: must be 1 or more"),
-        ("classes", "its classes are not those that"),
+        ("classes", r"class sets differ \(e\.g\. .*give labels"),
     ],
 )
 def test_bad_input(trained, painted, tmp_path, what, message):
@@ -221,6 +221,22 @@ def test_an_unlabelled_json(trained, painted, labels, tmp_path):
     source = write_json(painted.parent / "unlabeled.json", tree)
     rows = rank(str(trained), source, str(tmp_path / "out"), labeled=labels)
     assert [r["file_name"] for r in rows] == ["d.png", "c.png"]
+
+
+def test_corrections_are_not_replaced(trained, painted, labels, tmp_path):
+    """What nobody has touched may be, by other settings too, and so may what a tool has only written anew."""
+    out, file = str(tmp_path / "out"), tmp_path / "out" / "to_label.json"
+    rank(str(trained), str(painted), out, labeled=labels, top=3)
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=1, sort_keys=True))
+    rank(str(trained), str(painted), out, labeled=labels, top=2)
+    tree = json.loads(file.read_text())
+    assert len(tree["images"]) == 2
+    tree["annotations"].pop()
+    for corrected in (tree, {key: tree[key] for key in ("images", "annotations", "categories")}, []):
+        write_json(file, corrected)
+        with pytest.raises(UserError, match=r"to_label\.json: was changed since it was written"):
+            rank(str(trained), str(painted), out, labeled=labels, top=2)
+        assert json.loads(file.read_text()) == corrected
 
 
 def test_only_masks_that_are_drawn_are_kept(trained, painted, labels, tmp_path, monkeypatch):

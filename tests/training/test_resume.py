@@ -168,12 +168,17 @@ def test_from_s3(manifests, tmp_path, whole, s3):
 
 
 def test_a_finished_run_is_not_repeated(manifests, tmp_path, capsys, monkeypatch):
-    quick = load_settings("demo", [*TINY, "training.iterations=2"])
+    short = [*TINY, "training.iterations=2"]
+    quick = load_settings("demo", short)
     metrics = train(*sources(manifests), str(tmp_path / "m"), quick)
     before = (tmp_path / "m" / "provenance.json").read_bytes()
     monkeypatch.setattr("softteacher.training.train.run_training", lambda *_: pytest.fail("it trained"))
     assert train(*sources(manifests), str(tmp_path / "m"), quick) == metrics
     assert "nothing to do" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"m: holds the model of another run \(training\.lr is 0\.5, there it was 0\.001\)"
+    ):
+        train(*sources(manifests), str(tmp_path / "m"), load_settings("demo", [*short, "training.lr=0.5"]))
     assert (tmp_path / "m" / "provenance.json").read_bytes() == before
 
 

@@ -1,7 +1,9 @@
 """Training end to end, on a few digits: what is in the model folder, and that the same seed gives the same bits."""
 
 import json
+import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.model_folder import ModelFolder, sha256
 from softteacher.training.train import for_batch, train
+from tests.faulty import FaultyProxy
 from tests.samples import TINY, write_json
 
 TERMS = {"rpn_cls", "rpn_box", "cls", "box"}
@@ -277,6 +280,28 @@ def test_from_s3_to_s3(digits, tmp_path, s3):
     assert {f.name for f in storage.list_files(f"{s3}/report")} == {"metrics.json", "detections.json", "report.html"}
 
 
+def test_validation_images_are_fetched_once(manifests, digits, tmp_path, s3, monkeypatch):
+    storage.copy(digits / "images", f"{s3}/images")
+    tree = json.loads((manifests / "validation.json").read_text())
+    tree["softteacher"]["root"] = f"{s3}/images"
+    validation = write_json(tmp_path / "validation.json", tree)
+    chosen = ["method.name=supervised", "training.evaluate_every=2", f"data.cache_dir={tmp_path}/cache"]
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL_S3"]) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store.url)
+        run(manifests, tmp_path / "m", *chosen, validation=validation)
+    assert len(store.seen) == 6  # of 24 times that an image is looked at
+
+
+def test_a_short_run_and_a_long_warm_up(manifests, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("softteacher.training.train.run_training", lambda *_: None)
+    for warmup in (4, 3):
+        run(manifests, tmp_path / str(warmup), "method.name=supervised", f"training.warmup_iterations={warmup}")
+        told = (
+            "warmup_iterations = 4, but there are 4 iterations: lr never comes up to 0.001" in capsys.readouterr().err
+        )
+        assert told == (warmup == 4)
+
+
 def other_classes(tree):
     tree["categories"][2]["name"] = "zwei"
 
@@ -319,6 +344,30 @@ def test_bad_settings(manifests, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         run(manifests, tmp_path / "m", *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labelled_images_to_validate_on(manifests, tmp_path, capsys, monkeypatch):
+    """Some are told and kept, by whatever path they are known; nothing else can make a score."""
+    monkeypatch.setattr("softteacher.training.train.run_training", lambda *_: None)
+    (tmp_path / "link").symlink_to(Path(load_coco(manifests / "labeled.json").root).parent)
+    tree = json.loads((manifests / "labeled.json").read_text())
+    tree["softteacher"]["root"] = f"{tmp_path}/link/images"
+    same = write_json(tmp_path / "same.json", tree)
+    with pytest.raises(UserError, match=r"same\.json: all its images are in .*labeled\.json, too, and a score on"):
+        run(manifests, tmp_path / "m", "method.name=supervised", validation=same)
+    root = load_coco(manifests / "validation.json").root
+    tree["images"][2:] = [
+        row | {"root": root} for row in json.loads((manifests / "validation.json").read_text())["images"]
+    ]
+    ids = {row["id"] for row in tree["images"]}
+    tree["annotations"] = [row for row in tree["annotations"] if row["image_id"] in ids]
+    some = write_json(tmp_path / "some.json", tree)
+    run(manifests, tmp_path / "m", "method.name=supervised", validation=some)
+    assert f"some.json: 2 of its 8 images are in {manifests}/labeled.json, too" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert [facts["data"][part]["images"] for part in ("labeled", "validation")] == [6, 8]
+    run(manifests, tmp_path / "other", "method.name=supervised")
+    assert "are in" not in capsys.readouterr().err
 
 
 def test_a_store_that_is_not_there_is_told_before_the_training(manifests, s3, monkeypatch):

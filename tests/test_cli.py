@@ -207,6 +207,17 @@ def bad(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        case "status in a typo":
+            return ["status", *endpoint[:-1], "/nowhere/typo"]
+        case "localhost:abc" | "localhost:99999" | "http://[::1":
+            return ["rollback", "--triton", name, *endpoint[2:]]
+        case "predict as another name":
+            return ["predict", "--triton", "http://127.0.0.1:9", "--name", "a/b", folder / "images" / "1.png"]
+        case "shard in a table":
+            return ["predict", *endpoint[:4], "--shard", "1/2", folder / "images"]
+        case "demo into a file":
+            (tmp_path / "file").write_text("precious")
+            return ["demo", "--out", tmp_path / "file"]
         ("no data", "/nowhere: no such folder or prefix"),
         ("no json", "needs annotations/instances_train.json"),
         ("broken json", "instances_train.json: broken json"),
@@ -240,6 +251,13 @@ def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, name, mess
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+        ("status in a typo", "/nowhere/typo: no such folder, nor one around it; check --repository"),
+        ("localhost:abc", "localhost:abc: not a URL of Triton; write http://host:port"),
+        ("localhost:99999", "localhost:99999: not a URL of Triton"),
+        ("http://[::1", "http://[::1: not a URL of Triton"),
+        ("predict as another name", "--name a/b: only letters"),
+        ("shard in a table", "--shard 1/2: only JSON can be joined; add --format json --output FILE"),
+        ("demo into a file", "file: can't be a folder (File exists); choose another"),
     arguments = bad(tmp_path, name)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(*arguments)

@@ -62,10 +62,16 @@ def test_usage(run):
     code, out, _ = run("--help")
     assert code == 0
     assert all(command in out for command in COMMANDS)
-    for arguments in (["nonsense"], ["split"], ["split", "--percent", "abc"], ["train", "--method", "magic"]):
+    server = ("--repository", ".", "--triton", "http://127.0.0.1:9")
+    for arguments in (
+        *(["nonsense"], ["split"], ["split", "--percent", "abc"], ["train", "--method", "magic"]),
+        *(["follow", *server, "--every", value] for value in ("inf", "nan")),
+        *(["rollback", *server, "--name", "a", "--timeout", value] for value in ("inf", "nan", "1e6")),
+        ["lineage", "cards", "--registry", "r", *server[:2], "--version", "0"],
+    ):
         code, _, err = run(*arguments)
         assert code == 2
-        assert err
+        assert err[0].startswith("Usage: ")
 
 
 def test_the_main_line(run, digits, trained, exported, tmp_path):
@@ -201,12 +207,6 @@ def bad(tmp_path, name):
             return ["promote", *endpoint]
         case "status of nothing":
             return ["status", *endpoint[:-1], "s3://bucket/models"]
-    return split
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
         case "status in a typo":
             return ["status", *endpoint[:-1], "/nowhere/typo"]
         case "localhost:abc" | "localhost:99999" | "http://[::1":
@@ -218,6 +218,12 @@ def bad(tmp_path, name):
         case "demo into a file":
             (tmp_path / "file").write_text("precious")
             return ["demo", "--out", tmp_path / "file"]
+    return split
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
         ("no data", "/nowhere: no such folder or prefix"),
         ("no json", "needs annotations/instances_train.json"),
         ("broken json", "instances_train.json: broken json"),
@@ -245,12 +251,6 @@ def bad(tmp_path, name):
         ("rollback without triton", "Triton at http://127.0.0.1:9 can't be reached"),
         ("promote without triton", "Triton at http://127.0.0.1:9 can't be reached"),
         ("status of nothing", "S3 at http://127.0.0.1:9 can't be reached"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, name, message):
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
         ("status in a typo", "/nowhere/typo: no such folder, nor one around it; check --repository"),
         ("localhost:abc", "localhost:abc: not a URL of Triton; write http://host:port"),
         ("localhost:99999", "localhost:99999: not a URL of Triton"),
@@ -258,6 +258,12 @@ def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, name, mess
         ("predict as another name", "--name a/b: only letters"),
         ("shard in a table", "--shard 1/2: only JSON can be joined; add --format json --output FILE"),
         ("demo into a file", "file: can't be a folder (File exists); choose another"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, name, message):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     arguments = bad(tmp_path, name)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(*arguments)

@@ -23,6 +23,7 @@ from softteacher import storage
 from softteacher.choices import Backend
 from softteacher.errors import UserError
 from softteacher.serving.outputs import MASKS, OUTPUTS
+from softteacher.serving.places import check_repository
 
 INT8_FILE = "model.int8.onnx"
 LAST_VERSION = "last_version"
@@ -328,12 +329,13 @@ def read_champion(repository: str, name: str) -> Champion | None:
     """The champion pointer of a model; none if it was never deployed.
 
     Raises:
-        UserError: it can't be read, or is torn.
+        UserError: it can't be read, or is torn, or there can't be a repository (see `check_repository`).
     """
     uri = storage.join(repository, name, "champion.json")
     try:
         data = storage.read_bytes(uri)
     except storage.MissingFile:
+        check_repository(repository)
         return None
     try:
         return Champion.from_tree(json.loads(data))

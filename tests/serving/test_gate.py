@@ -80,6 +80,23 @@ def test_no_champion(tmp_path: Path) -> None:
 
 def test_a_better_model_goes_live(decide: Callable[..., Decision]) -> None:
     decision = decide({"grey": GREY}, {"grey": GREY, "margin": 6})
+def test_no_champion_is_not_no_repository(tmp_path: Path, s3: str) -> None:
+    folder = str(onnx_folder(tmp_path / "onnx"))
+    for repository, message in (("/nowhere/typo", "no such folder"), ("s3://no-such-bucket/models", "no such bucket")):
+        with pytest.raises(UserError, match=f"{repository}: {message}"):
+            gate(folder, repository, "cards")
+    assert gate(folder, f"{s3}/models", "cards").deploy
+    with pytest.raises(UserError, match=r"--name cards\.v2: only letters"):
+        gate(folder, f"{s3}/models", "cards.v2")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bound", ["delta", "max_class_drop", "max_latency_ratio"])
+def test_bounds_are_numbers(bound: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"--{bound.replace('_', '-')} {value}: must be a finite number"):
+        Bounds(**{bound: value})
+
+
     assert decision.deploy
     assert decision.rejections == ()
     assert decision.ap == pytest.approx(1)

@@ -161,3 +161,9 @@ def test_torn_champion(content: str, tmp_path: Path) -> None:
     (tmp_path / "cards" / "champion.json").write_text(content)
     with pytest.raises(UserError, match=r"champion\.json: torn, or not ours"):
         read_champion(str(tmp_path), "cards")
+def test_no_pointer_where_no_repository_can_be() -> None:
+    """Or whoever mistypes it is told that nothing is live."""
+    with pytest.raises(UserError, match="/nowhere/typo: no such folder"):
+        read_champion("/nowhere/typo", "cards")
+
+

@@ -147,6 +147,7 @@ def test_parity(exported, trained):
         assert facts["box_difference"] < 1e-2
     assert parity["ap"]["onnxruntime"] == pytest.approx(parity["ap"]["pytorch"], abs=1e-4)
     assert parity["onnx_sha256"] == sha256(exported / "model.onnx")
+    assert parity["smoke_sha256"] == sha256(exported / "smoke.npz")
     assert parity["validation_fingerprint"] == ModelFolder(trained).validation().fingerprint()
     detector, validation = OnnxDetector(exported / "model.onnx"), load_coco(exported / "validation.json")
     assert parity["ap"]["onnxruntime"] == score_canvases(detector.run, detector, validation, "again")["AP"]

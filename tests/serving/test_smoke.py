@@ -8,7 +8,8 @@ import pytest
 
 from softteacher.errors import UserError
 from softteacher.serving import smoke as module
-from softteacher.serving.smoke import compare
+from softteacher.serving.outputs import MASKS
+from softteacher.serving.smoke import compare, read_smoke
 
 Change = Callable[[dict[str, np.ndarray]], Any]
 BOXES = [[2, 2, 20, 20], [40, 5, 60, 30], [10, 40, 30, 60]]
@@ -78,3 +79,53 @@ def test_the_like_passes(ask: Callable[[Change], dict[str, Any]], change: Change
 def test_another_answer_does_not(ask: Callable[[Change], dict[str, Any]], change: Change, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         ask(change)
+
+
+@pytest.mark.parametrize("record", [clear, masked(clear)], ids=["boxes", "masks"])
+def test_of_another_precision_nine_of_ten_clear_ones_do(ask: Callable[..., dict[str, Any]], record: Any) -> None:
+    """By class and IoU, whatever the score; what is not clear may be missing."""
+
+    def change(answer: dict[str, np.ndarray], lost: int = 0) -> None:
+        answer["detection_boxes"] += 1  # an IoU of .62, as in the last line, is another place
+        answer["detection_boxes"][..., 0:3:2] -= 1
+        answer["detection_scores"][0, 0] = 0.3
+        answer["num_detections"][0] = 5
+        answer["detection_classes"][1, :lost] = 1
+
+    facts = ask(change, record, exact=False)
+    assert (facts["images"], facts["detections"], facts["found"]) == (2, 10, 10)
+    assert facts["max_box_difference"] == 1
+    assert facts["max_score_difference"] == pytest.approx(0.6)
+    assert ask(lambda answer: change(answer, 1), record, exact=False)["found"] == 9
+    with pytest.raises(UserError, match="of 10 clear detections that were recorded at export, it finds 8"):
+        ask(lambda answer: change(answer, 2), record, exact=False)
+    with pytest.raises(UserError, match="it finds 0"):
+        ask(lambda answer: answer["detection_boxes"].__iadd__(1), record, exact=False)
+
+
+def test_masks_are_compared(ask: Callable[..., dict[str, Any]]) -> None:
+    assert ask(put(MASKS, (0, 1, 3, 3), 0.54), masked(recorded))["detections"] == 3
+    with pytest.raises(UserError, match=r"the like of 2: .*, the mask by 0\.05"):
+        ask(put(MASKS, (0, 2, 3, 3), 0.56), masked(recorded))
+    with pytest.raises(UserError, match=f"no output {MASKS}, it was recorded"):
+        ask(lambda answer: answer.pop(MASKS), masked(recorded))
+    for record in (masked(recorded), masked(clear)):
+        with pytest.raises(UserError, match=f"{MASKS} holds NaN"):
+            ask(put(MASKS, (0, 0, 3, 3), np.nan), record, exact=False)
+
+
+def test_a_flipped_bit_is_a_torn_file(tmp_path: Path) -> None:
+    """Or is in what nobody reads, such as the time of the archive's entries."""
+    np.savez_compressed(tmp_path / "smoke.npz", allow_pickle=False, **recorded())
+    whole = (tmp_path / "smoke.npz").read_bytes()
+    told = []
+    for bit in range(0, 8 * len(whole), 13):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "smoke.npz").write_bytes(flipped)
+        try:
+            read_smoke(tmp_path)
+        except UserError as e:
+            told.append(str(e))
+    assert len(told) > 300
+    assert all("smoke.npz" in line and "; run `softteacher export` again" in line for line in told)

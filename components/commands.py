@@ -18,7 +18,7 @@ from components.options import options_of, with_options
 from components.server import Server, is_enabled, read_package
 from components.steps import steps_of
 from softteacher import storage
-from softteacher.choices import Backend, Runner, ServedEngine, check_name, check_percent, check_registry
+from softteacher.choices import Backend, Runner, ServedEngine, check_name, check_percent
 from softteacher.config import load_settings
 from softteacher.errors import UserError
 
@@ -169,6 +169,7 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
 
 def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a pipeline, if a run with them can begin."""
+    from softteacher.serving.places import check_registry
     from softteacher.serving.repository import REFERENCE_ENGINE, Runtime
 
     settings = load_settings(parameters["preset"], [*parameters["overrides"], f"method.name={parameters['method']}"])

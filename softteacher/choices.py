@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -27,12 +28,20 @@ class Bounds:
             images, and its interval lies under zero. 1: any.
         max_latency_ratio: its latency over the champion's.
         require_significant: the interval of the gain must lie over zero, and be of ten images with boxes or more.
+
+    Raises:
+        UserError: one is infinite, or no number: a comparison with that says nothing.
     """
 
     delta: float = 0.0
     max_class_drop: float = 0.05
     max_latency_ratio: float = 1.5
     require_significant: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("delta", "max_class_drop", "max_latency_ratio"):
+            if not math.isfinite(value := getattr(self, key)):
+                raise UserError(f"--{key.replace('_', '-')} {value}: must be a finite number")
 
 
 def check_percent(percent: float, unlabeled: str | None) -> None:
@@ -45,18 +54,6 @@ def check_percent(percent: float, unlabeled: str | None) -> None:
         raise UserError(f"--percent {percent:g}: must be more than 0 and at most 100, e.g. 10")
     if percent == 100 and not unlabeled:
         raise UserError("--percent 100: leaves no unlabelled image; give others with --unlabeled, or less, e.g. 10")
-
-
-def check_registry(registry: str, repository: str) -> None:
-    """Whether records of models can be kept there.
-
-    Raises:
-        UserError: it is in Triton's repository.
-    """
-    if registry and f"{registry.rstrip('/')}/".startswith(f"{repository.rstrip('/')}/"):
-        raise UserError(
-            f"--registry {registry}: is in Triton's repository, where only Triton's models are; choose another"
-        )
 
 
 def check_name(name: str) -> None:

@@ -23,7 +23,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:  # the last: a device of a module that is not there
         why = str(e).splitlines()[0]
         raise UserError(f"training.device = {name!r}: not usable here ({why}); --set training.device=auto") from None
     return device

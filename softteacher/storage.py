@@ -20,6 +20,7 @@ from softteacher import s3
 from softteacher.errors import Conflict as Conflict
 from softteacher.errors import MissingFile, UserError
 
+_LAST = {"provenance.json", "pending.json"}  # they tell that the files beside them are whole
 _PART = ".part"  # end of the name of a file that is being written
 
 
@@ -225,8 +226,8 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
 
     Where only the publishing fails, the folder is kept and the error names it: hours of work may be in it.
 
-    No file is ever seen half-written at `uri`, and `provenance.json`, by which a folder is known to be whole, comes
-    last; files there that the block did not write stay as they are.
+    No file is ever seen half-written at `uri`, and `provenance.json` or `pending.json`, by which a folder is known to
+    be whole, comes last; files there that the block did not write stay as they are.
 
     Example:
         >>> with output_folder("s3://bucket/run-1") as folder:        # doctest: +SKIP
@@ -252,7 +253,7 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     try:
-        for info in sorted(list_files(scratch), key=lambda info: info.name == "provenance.json"):
+        for info in sorted(list_files(scratch), key=lambda info: info.name in _LAST):
             if is_s3(uri):
                 _copy_file(scratch / info.name, join(uri, info.name))
                 continue

@@ -62,10 +62,16 @@ def test_usage(run):
     code, out, _ = run("--help")
     assert code == 0
     assert all(command in out for command in COMMANDS)
-    for arguments in (["nonsense"], ["split"], ["split", "--percent", "abc"], ["train", "--method", "magic"]):
+    server = ("--repository", ".", "--triton", "http://127.0.0.1:9")
+    for arguments in (
+        *(["nonsense"], ["split"], ["split", "--percent", "abc"], ["train", "--method", "magic"]),
+        *(["follow", *server, "--every", value] for value in ("inf", "nan")),
+        *(["rollback", *server, "--name", "a", "--timeout", value] for value in ("inf", "nan", "1e6")),
+        ["lineage", "cards", "--registry", "r", *server[:2], "--version", "0"],
+    ):
         code, _, err = run(*arguments)
         assert code == 2
-        assert err
+        assert err[0].startswith("Usage: ")
 
 
 def test_the_main_line(run, digits, trained, exported, tmp_path):
@@ -201,6 +207,17 @@ def bad(tmp_path, name):
             return ["promote", *endpoint]
         case "status of nothing":
             return ["status", *endpoint[:-1], "s3://bucket/models"]
+        case "status in a typo":
+            return ["status", *endpoint[:-1], "/nowhere/typo"]
+        case "localhost:abc" | "localhost:99999" | "http://[::1":
+            return ["rollback", "--triton", name, *endpoint[2:]]
+        case "predict as another name":
+            return ["predict", "--triton", "http://127.0.0.1:9", "--name", "a/b", folder / "images" / "1.png"]
+        case "shard in a table":
+            return ["predict", *endpoint[:4], "--shard", "1/2", folder / "images"]
+        case "demo into a file":
+            (tmp_path / "file").write_text("precious")
+            return ["demo", "--out", tmp_path / "file"]
     return split
 
 
@@ -234,6 +251,13 @@ def bad(tmp_path, name):
         ("rollback without triton", "Triton at http://127.0.0.1:9 can't be reached"),
         ("promote without triton", "Triton at http://127.0.0.1:9 can't be reached"),
         ("status of nothing", "S3 at http://127.0.0.1:9 can't be reached"),
+        ("status in a typo", "/nowhere/typo: no such folder, nor one around it; check --repository"),
+        ("localhost:abc", "localhost:abc: not a URL of Triton; write http://host:port"),
+        ("localhost:99999", "localhost:99999: not a URL of Triton"),
+        ("http://[::1", "http://[::1: not a URL of Triton"),
+        ("predict as another name", "--name a/b: only letters"),
+        ("shard in a table", "--shard 1/2: only JSON can be joined; add --format json --output FILE"),
+        ("demo into a file", "file: can't be a folder (File exists); choose another"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, name, message):

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from softteacher.device import find_precision, set_threads
+from softteacher.device import find_device, find_precision, set_threads
+from softteacher.errors import UserError
 
 FAULTS = """
 import resource, torch
@@ -28,6 +29,14 @@ def test_kept_memory_is_not_faulted_in_again():
         for keep in (False, True)
     )
     assert kept < freed / 10
+
+
+@pytest.mark.parametrize("name", ["nonsense", "meta", "hpu"])
+def test_a_device_that_is_not_here(name):
+    with pytest.raises(
+        UserError, match=rf"training\.device = '{name}': not usable here \(.*\); --set training.device=auto"
+    ):
+        find_device(name)
 
 
 @pytest.mark.parametrize("ampere", [True, False])

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated
 
 import typer
 
 from softteacher.errors import UserError
 from softteacher.evaluation.shard import Shard
+
+
+def finite(value: float) -> float:
+    """What an option was given, which may not be `nan`: that is neither over nor under any limit."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; see `softteacher config`.")

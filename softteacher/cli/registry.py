@@ -71,7 +71,7 @@ def lineage(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     repository: Repository,
     registry: Registry,
-    version: Annotated[int | None, typer.Option(help="By default the live one.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="By default the live one.")] = None,
     form: Annotated[Literal["table", "json"], typer.Option("--format", help="For people or for programs.")] = "table",
 ) -> None:
     """Show where the live version came from, and those before it: data, parents, settings, metrics, image, run."""

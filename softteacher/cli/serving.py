@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from softteacher.choices import Backend, Format, ServedEngine, Weights
-from softteacher.cli.options import ModelName, Parts, Repository, SetLater, ShardText, print_facts, read_shard
+from softteacher.cli.options import ModelName, Parts, Repository, SetLater, ShardText, finite, print_facts, read_shard
 
+DAY = 86400.0  # seconds; of many more, a thread can't wait
 TritonUrl = Annotated[str, typer.Option(help="Triton's HTTP URL.")]
-Timeout = Annotated[float, typer.Option(min=1, help="Seconds that Triton may take to load a model or to answer.")]
+Timeout = Annotated[
+    float,
+    typer.Option(min=1, max=DAY, callback=finite, help="Seconds that Triton may take to load a model or to answer."),
+]
 app = typer.Typer()
 
 
@@ -92,7 +96,9 @@ def rollback(repository: Repository, triton: TritonUrl, name: ModelName, timeout
 def follow(
     repository: Repository,
     triton: TritonUrl,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the repository.")] = 5,
+    every: Annotated[
+        float, typer.Option(min=0.1, max=DAY, callback=finite, help="Seconds between two looks at the repository.")
+    ] = 5,
     ready_file: Annotated[
         str | None, typer.Option(help="File that is made once Triton is up to date, and touched at each look.")
     ] = None,

@@ -29,7 +29,7 @@ class State:
         uri: of the folder or prefix.
         index: name of the index; none before the first commit.
         previous: name of the one before, which somebody may still be reading.
-        pending: sha256 of what the last commit put in.
+        pending: sha256 of the `pending.json` that the last commit put in.
         rounds: `round` (from 1), `run`, `accepted`, `time`, `images`, `labeled`, `labels`, `fingerprint` of each.
         etag: of `state.json`, for the conditional write; empty: there is none, or it lies on a local disk.
     """
@@ -85,9 +85,10 @@ def write_pending(
         number: of the round; none: it is no round.
         record: what the state will say of the round: `images`, `labeled`, `labels`, `fingerprint`.
     """
-    tree = {"after": after, "round": number, "record": record}
+    table = changes.to_bytes()
+    storage.write_bytes(folder / "pending.npz", table)
+    tree = {"after": after, "round": number, "record": record, "table_sha256": hashlib.sha256(table).hexdigest()}
     (folder / "pending.json").write_text(json.dumps(tree, indent=1))
-    changes.save(str(folder / "pending.npz"))
 
 
 def commit(state: str, pending: str, *, accepted: bool, run: str = "") -> dict[str, Any]:
@@ -105,18 +106,22 @@ def commit(state: str, pending: str, *, accepted: bool, run: str = "") -> dict[s
 
     Raises:
         Conflict: another round was committed since `collect` read the state (on S3 also in the very same moment).
-        UserError: either can't be read or written.
+        UserError: either can't be read or written, or the files of `pending` don't belong together.
     """
     where = storage.join(pending, "pending.json")
     raw = storage.read_bytes(where)
-    changes = ImageTable.load(storage.join(pending, "pending.npz"))
-    digest = hashlib.sha256(raw + hashlib.sha256(changes.to_bytes()).digest()).hexdigest()
+    table = storage.join(pending, "pending.npz")
+    changes = ImageTable.load(table)
+    digest = hashlib.sha256(raw).hexdigest()
     try:
         tree = json.loads(raw)
         after, number, record = tree["after"], tree["round"], tree["record"]
         facts = {"round": number, "images": record["images"], "labeled": record["labeled"]}
+        expected = tree["table_sha256"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{where}: torn, or not ours; run `softteacher collect` again") from None
+    if hashlib.sha256(storage.read_bytes(table)).hexdigest() != expected:
+        raise UserError(f"{table}: not of the round of pending.json beside it; run `softteacher collect` again")
     now = State.read(state)
     if now.pending != digest:
         if now.pending != after:

@@ -82,7 +82,10 @@ def demo(
     if runner == "docker":
         check_image(TRITON_IMAGE)
     folder = Path(out).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: can't be a folder ({e.strerror}); choose another") from None
     started = time.monotonic()
     with _stopped_by_sigterm(), ExitStack() as servers:
         if os.environ.get("AWS_ENDPOINT_URL_S3") or (data and storage.is_s3(data)):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import numpy as np
 import tenacity
@@ -70,17 +70,31 @@ def open_connection(url: str) -> Connection:
     Raises:
         UserError: it is no such URL.
     """
-    full = url if "://" in url else f"http://{url}"
-    try:
-        parts = urlsplit(full)
-        known = parts.scheme in {"http", "https", "grpc", "grpcs"} and parts.hostname and (parts.port or 1)
-    except ValueError:  # a port that is no number
-        known = False
-    if not known:
-        raise UserError(f"{url}: not a URL of Triton; write http://host:port or grpc://host:port")
+    parts = split_url(url, "http", "https", "grpc", "grpcs")
     if parts.scheme.startswith("grpc"):
         return _Grpc(url, parts.netloc, tls=parts.scheme == "grpcs")
-    return _Http(url, full.rstrip("/"))
+    return _Http(url, parts.geturl().rstrip("/"))
+
+
+def split_url(url: str, *schemes: str) -> SplitResult:
+    """The parts of a URL of Triton; `host:port` is HTTP.
+
+    Args:
+        url: what the user gave.
+        schemes: that will do.
+
+    Raises:
+        UserError: it is no such URL.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        known = parts.scheme in schemes and parts.hostname and (parts.port or 1)
+    except ValueError:  # a port that is no number, or too large, or half of an IPv6 address
+        known = False
+    if not known:
+        forms = " or ".join(f"{scheme}://host:port" for scheme in ("http", "grpc") if scheme in schemes)
+        raise UserError(f"{url}: not a URL of Triton; write {forms}")
+    return parts
 
 
 def patiently(action: Callable[[float], T], seconds: float, *passing: type[UserError], patience: float = math.inf) -> T:
@@ -147,13 +161,11 @@ def connect(url: str, timeout: float) -> Any:
     import gevent.ssl  # type: ignore[import-untyped]
     import tritonclient.http
 
-    scheme, _, host = url.rstrip("/").rpartition("://")
-    if scheme not in {"", "http", "https"} or not host:
-        raise UserError(f"{url}: not a URL of Triton; write http://host:port")
+    parts = split_url(url, "http", "https")
     with explained(url):
         server = tritonclient.http.InferenceServerClient(
-            host,
-            ssl=scheme == "https",
+            (parts.netloc + parts.path).rstrip("/"),
+            ssl=parts.scheme == "https",
             ssl_context_factory=gevent.ssl.create_default_context,
             connection_timeout=min(timeout, 10),
             network_timeout=timeout,
@@ -168,9 +180,12 @@ def addresses(url: str) -> list[str]:
     """The URL with each address that its host has: one for each replica, where the host is a headless service.
 
     Just the URL if there is one address or none, and with https, where the certificate is for the name.
+
+    Raises:
+        UserError: it is no URL of Triton's HTTP service.
     """
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme != "http" or parts.hostname is None:
+    parts = split_url(url, "http", "https")
+    if parts.scheme == "https":
         return [url]
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)

@@ -92,6 +92,7 @@ def export(model: str, out: str, *, weights: Weights = "teacher", overrides: Seq
         parity["engines"] = measure_engines(folder, served.run, detector, validation, samples, settings, parity["ap"])
         smoke = samples[np.arange(SMOKE_IMAGES) % len(samples)]
         np.savez_compressed(folder / "smoke.npz", allow_pickle=False, images=smoke, **detector.run(smoke))
+        parity["smoke_sha256"] = sha256(folder / "smoke.npz")
         (folder / "parity.json").write_text(json.dumps(parity, indent=1))
         source.copy_provenance(folder)
     ap = parity["ap"]

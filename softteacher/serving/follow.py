@@ -19,7 +19,8 @@ from softteacher.console import say
 from softteacher.errors import UserError
 from softteacher.serving.canary_state import read_canary
 from softteacher.serving.claim import claim_uri, read_claim
-from softteacher.serving.connection import addresses, connect, explained
+from softteacher.serving.connection import addresses, connect, explained, split_url
+from softteacher.serving.places import check_repository
 from softteacher.serving.repository import parse_config, read_champion
 
 EVERY = 5.0  # seconds
@@ -48,8 +49,9 @@ def follow(
         stop: ends it, when set.
 
     Raises:
-        UserError: the ready file can't be written.
+        UserError: the URL is none of Triton's HTTP service, or the ready file can't be written.
     """
+    split_url(triton, "http", "https")  # this no waiting mends
     stop = stop or threading.Event()
     ready = Path(ready_file) if ready_file else None
     before: dict[str, str] = {}
@@ -86,8 +88,9 @@ def catch_up(repository: str, triton: str, timeout: float = TIMEOUT) -> dict[str
         What could not be done, in words, by the name of the model.
 
     Raises:
-        UserError: repository or Triton can't be reached.
+        UserError: repository or Triton can't be reached, or the repository isn't there.
     """
+    check_repository(repository)
     problems = {}
     with closing(connect(triton, timeout)) as server:
         for name in _deployed(repository):

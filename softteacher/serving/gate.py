@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from softteacher import storage
-from softteacher.choices import Bounds
+from softteacher.choices import Bounds, check_name
 from softteacher.console import say, track
 from softteacher.data.check import read_image
 from softteacher.data.coco import CocoDataset, load_coco
@@ -146,8 +146,10 @@ def gate(
 
     Raises:
         UserError: the onnx folder or the champion is torn, the two have no class in common that the validation set
-            has boxes of, or the repository can't be read.
+            has boxes of, the name can't be served, or the repository can't be read, or its bucket or the folder
+            around it isn't there.
     """
+    check_name(name)
     with ExitStack() as stack:
         folder = stack.enter_context(storage.local_input(onnx))
         model, champion = read_onnx_folder(folder), read_champion(repository, name)

@@ -12,18 +12,23 @@ from datetime import UTC, datetime
 from typing import Any
 
 from softteacher import storage
-from softteacher.choices import check_registry
+from softteacher.choices import check_name
 from softteacher.config import Settings, change_settings
 from softteacher.console import say
 from softteacher.errors import UserError
 from softteacher.evaluation.metrics import numbers
 from softteacher.model_folder import ModelFolder
 from softteacher.serving.canary_state import canary_folder, read_canary, refuse_beside
+from softteacher.serving.places import check_registry
 from softteacher.serving.repository import Champion, read_champion, read_onnx_folder, versions
 from softteacher.serving.version_folder import read_manifest
 
 KEEP = 5
 RECORD = "lineage.json"
+_KEYS = {
+    *("name", "version", "canary", "deployed_at", "deployed_by", "onnx_sha256", "data", "parents", "settings"),
+    *("metrics", "gate", "git_sha", "versions", "image", "run_id"),
+}  # of a record, that we read
 _WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # paths and fingerprints
 
 
@@ -62,16 +67,13 @@ def record(
         UserError: a folder is torn, the two, or the decision, don't belong together, the model is not deployed, or the
             registry has the record of another model for this version.
     """
+    check_name(name)
     check_registry(registry, repository)
     with storage.local_input(model) as model_path, storage.local_input(onnx) as onnx_path:
         source, exported = ModelFolder(model_path, model), read_onnx_folder(onnx_path)
         if exported.provenance != source.provenance:
             raise UserError(f"{onnx}: was not exported from {model}; give the two of one run")
-        decision = json.loads(storage.read_bytes(storage.join(gate, "gate.json"))) if gate else None
-        if decision and decision.get("onnx_sha256") != exported.sha256:
-            older = "doesn't say of which model; run the gate again, or leave out --gate"
-            other = "is the decision on another model; give that of the same run"
-            raise UserError(f"{gate}: {other if 'onnx_sha256' in decision else older}")
+        decision = _decision(gate, exported.sha256) if gate else None
         deployed, on_trial = _deployed(repository, name, exported.sha256)
         place = storage.join(registry, name, str(deployed.version))
         before = _read(place)
@@ -120,14 +122,15 @@ def lineage(name: str, repository: str, registry: str, version: int | None = Non
         that the repository has forgotten, too, only `version`. `recorded` says which.
 
     Raises:
-        UserError: there is no such version, or the repository can't be read.
+        UserError: there is no such version, or the repository can't be read, or the name can't be served.
     """
+    check_name(name)
     champion = read_champion(repository, name)
     if version is None and champion is None:
         where = storage.join(repository, name)
         raise UserError(f"{where}: nothing is live there; check --repository and the name, or give --version")
     found: dict[int, dict[str, Any]] = {}
-    following = version or (champion.version if champion else None)
+    following = version if version is not None or champion is None else champion.version
     while following is not None and following not in found:
         place = storage.join(registry, name, str(following))
         entry = _read(place)
@@ -175,6 +178,21 @@ def champion_model(repository: str, registry: str, name: str) -> str:
 def table(chain: dict[str, Any]) -> str:
     """What `lineage` returned, for people."""
     return "\n".join(line for entry in chain["versions"] for line in _lines(entry, chain))
+
+
+def _decision(gate: str, sha256: str) -> dict[str, Any]:
+    """What the gate said of a model; `reason` is in it."""
+    uri = storage.join(gate, "gate.json")
+    try:
+        decision = dict(json.loads(storage.read_bytes(uri)))
+        decision["reason"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{uri}: torn, or not of `softteacher gate`; run that again, or leave out --gate") from None
+    if decision.get("onnx_sha256") != sha256:
+        older = "doesn't say of which model; run the gate again, or leave out --gate"
+        other = "is the decision on another model; give that of the same run"
+        raise UserError(f"{gate}: {other if 'onnx_sha256' in decision else older}")
+    return decision
 
 
 def _deployed(repository: str, name: str, sha256: str) -> tuple[Champion, bool]:
@@ -227,8 +245,9 @@ def _registered(source: str) -> dict[str, Any]:
 def _read(place: str) -> dict[str, Any] | None:
     uri = storage.join(place, RECORD)
     try:
-        entry = json.loads(storage.read_bytes(uri))
-        entry["onnx_sha256"], entry["canary"], entry["parents"]["champion"]
+        entry: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        if not (set(entry) >= _KEYS and {"champion", "warm_start"} <= set(entry["parents"])):
+            raise ValueError("it lacks something")
         return entry
     except storage.MissingFile:
         return None

@@ -9,15 +9,16 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from softteacher import storage
-from softteacher.choices import Format
+from softteacher.choices import Format, check_name
 from softteacher.console import say, track
 from softteacher.data.images import BadImage
 from softteacher.detections import paste_masks
@@ -50,8 +51,10 @@ def predict(
         `detections`: `class`, `category_id`, `score`, `box` (xyxy, pixels of the image).
 
     Raises:
-        UserError: an image can't be read, the endpoint can't answer, or a picture would replace one of the images.
+        UserError: an image can't be read, the endpoint can't answer, the name is none of a model, or a picture would
+            replace one of the images.
     """
+    check_name(name.removesuffix("-canary"))  # a model on trial can be asked by itself
     sources = find_sources(images)
     pictures = _pictures(sources, out)
     with Client(triton, name) as client:
@@ -86,13 +89,17 @@ def predict_files(
         form: see `softteacher.serving.formats.write`.
         output: file for the answers, local or `s3://`, written whole at the end; none: standard output.
         record: folder or `s3://` prefix to count the answers in, for `softteacher watch`.
-        shard: ask about this share of the images only.
-        parts: what all the shards wrote as JSON, to be written as one run would have; nothing is asked then.
+        shard: ask about this share of the images only; `form` must be `json`.
+        parts: what all the shards wrote as JSON, to be written as one run would have; no image is looked at then, and
+            Triton is asked for its classes only, where `form` is `coco`.
 
     Raises:
-        UserError: the endpoint can't answer; a part is missing or broken; a picture would replace one of the images;
-            or, after everything else is done, some images could not be read.
+        UserError: the endpoint can't answer; a part is missing or broken, or a shard isn't to be written as JSON; a
+            picture would replace one of the images; or, after everything else is done, some images could not be read.
     """
+    check_name(name.removesuffix("-canary"))  # a model on trial can be asked by itself
+    if shard and form != "json":
+        raise UserError(f"--shard {shard.number}/{shard.of}: only JSON can be joined; add --format json --output FILE")
     if output and form == "table":
         raise UserError(f"--output {output}: a table is for the screen; add --format json, coco or csv")
     if parts and (out or record):
@@ -111,24 +118,28 @@ def predict_files(
                 broken.append(answer["error"])
             yield answer
 
-    with (
-        TrafficRecorder(record, name) if record else nullcontext() as recorder,
-        Client(triton, name, recorder=recorder) as client,
-    ):
-        answers = watched(_joined(parts, sources) if parts else _answers(client, sources, pictures, score))
+    with ExitStack() as stack:
+
+        @cache
+        def client() -> Client:
+            """Triton, which only needs to run where it is asked: answers are joined without it."""
+            recorder = stack.enter_context(TrafficRecorder(record, name)) if record else None
+            return stack.enter_context(Client(triton, name, recorder=recorder))
+
+        answers = watched(_joined(parts, sources) if parts else _answers(client(), sources, pictures, score))
         if output is None:
             # the name of a file need not be UTF-8; as in a file, its bytes are written as they are
             if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
                 sys.stdout.reconfigure(errors="surrogateescape")
-            write(answers, sys.stdout, form, lambda: client.categories)
+            write(answers, sys.stdout, form, lambda: client().categories)
         else:
             with tempfile.TemporaryDirectory(prefix="softteacher-") as folder:
                 file = Path(folder, "answers")
                 with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
-                    write(answers, text, form, lambda: client.categories)
+                    write(answers, text, form, lambda: client().categories)
                 storage.copy(file, output)
-        if client.canary:
-            say(str(client.canary))
+        if not parts and client().canary:
+            say(str(client().canary))
     if broken:
         raise UserError(f"{len(broken)} of {len(sources)} images could not be read; the first: {broken[0]}")
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +21,9 @@ import numpy as np
 from softteacher import storage
 from softteacher.choices import Backend
 from softteacher.errors import UserError
+from softteacher.model_folder import sha256
 from softteacher.serving.outputs import MASKS, OUTPUTS
+from softteacher.serving.places import check_repository
 
 INT8_FILE = "model.int8.onnx"
 LAST_VERSION = "last_version"
@@ -176,11 +177,11 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name} in it; it is not the whole output of `softteacher export`")
     parity, provenance, validation = (_json(path / f"{n}.json") for n in ("parity", "provenance", "validation"))
-    file = path / "model.onnx"
-    with file.open("rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    if sha256 != parity.get("onnx_sha256"):
-        raise UserError(f"{file}: is not the file that parity.json was made for (sha256 differs); {again}")
+    file, found = path / "model.onnx", {name: sha256(path / name) for name in ("model.onnx", "smoke.npz")}
+    # an older release did not write down that of smoke.npz
+    told = {"model.onnx": parity.get("onnx_sha256"), "smoke.npz": parity.get("smoke_sha256", found["smoke.npz"])}
+    if changed := [name for name in found if found[name] != told[name]]:
+        raise UserError(f"{path / changed[0]}: is not the file that parity.json was made for (sha256 differs); {again}")
     try:
         import onnx
 
@@ -201,7 +202,7 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
         height, width = facts["preprocessing"]["image_size"]
         return OnnxFolder(
             path=path,
-            sha256=sha256,
+            sha256=found["model.onnx"],
             ap=float(parity["ap"]["onnxruntime"]),
             validation_fingerprint=str(validation["softteacher"]["fingerprint"]),
             provenance=provenance,
@@ -328,12 +329,13 @@ def read_champion(repository: str, name: str) -> Champion | None:
     """The champion pointer of a model; none if it was never deployed.
 
     Raises:
-        UserError: it can't be read, or is torn.
+        UserError: it can't be read, or is torn, or there can't be a repository (see `check_repository`).
     """
     uri = storage.join(repository, name, "champion.json")
     try:
         data = storage.read_bytes(uri)
     except storage.MissingFile:
+        check_repository(repository)
         return None
     try:
         return Champion.from_tree(json.loads(data))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from softteacher import storage
+from softteacher.choices import check_name
 from softteacher.errors import UserError
 from softteacher.serving.canary_state import Canary, read_canary
 from softteacher.serving.claim import claim_uri, read_claim, seconds
@@ -42,8 +43,9 @@ def status(repository: str, triton: str, name: str, metrics: str | None = None) 
         `notes`: what is wrong, in plain words.
 
     Raises:
-        UserError: the repository can't be read, or what is in it is torn.
+        UserError: the repository isn't there or can't be read, or what is in it is torn, or the name can't be served.
     """
+    check_name(name)
     champion, canary = read_champion(repository, name), read_canary(repository, name)
     models = [name, f"{name}-canary"]
     served: list[dict[str, Any]] = []

@@ -54,14 +54,19 @@ def watch(
         `min_images`.
 
     Raises:
-        UserError: bad input, nothing was ever recorded at `live`, `out` is the reference, or the metrics can't be
-            delivered.
+        UserError: bad input, nothing was ever recorded at `live`, or in that time of other models than `name` only,
+            `out` is the reference, or the metrics can't be delivered.
     """
     base = read_reference(reference, out)
     first, last = _day(since, "--since"), _day(until or "0d", "--until")
     if first > last:
         raise UserError(f"--since {since}: is after --until {until or 'today'}; swap them")
     groups = read_traffic(live, first, last)
+    names = sorted({n for n, _ in groups})
+    if name and names and name not in {base.name, *names}:  # a typo would never alarm
+        raise UserError(
+            f"{live}: no traffic of {name} from {first} to {last}, but of {', '.join(names)}; check --name, or --since"
+        )
     traffic = _choose(groups, live, name or base.name, None if all_versions else version or base.version, all_versions)
     # without any traffic in that time there is still something to report: no images
     traffic = traffic or TrafficProfile(base.classes, name or base.name, version or base.version, base.min_score)
@@ -99,6 +104,7 @@ def read_reference(uri: str, out: str | None = None) -> TrafficProfile:
         UserError: there is none, or its file would be replaced in `out`.
     """
     record: dict[str, Any] = {}
+    version = ""
     if uri.endswith(".json"):
         source, profile = uri, TrafficProfile.read(uri)
     else:
@@ -106,7 +112,8 @@ def read_reference(uri: str, out: str | None = None) -> TrafficProfile:
             try:
                 record = json.loads(storage.read_bytes(storage.join(uri, file)))
                 record = record if is_pointer else record["record"]
-                uri = storage.join(uri, str(record["version"])) if is_pointer else uri
+                version = str(record["version"])
+                uri = storage.join(uri, version) if is_pointer else uri
                 break
             except MissingFile:
                 pass
@@ -123,7 +130,7 @@ def read_reference(uri: str, out: str | None = None) -> TrafficProfile:
     if out and storage.place(source) == storage.place(storage.join(out, FILE)):
         raise UserError(f"--out {out}: the traffic would replace the reference {source}; choose another folder")
     # an earlier report's version is of a deployment that may be over
-    profile.version = str(record["version"]) if record else ""
+    profile.version = version
     if record:
         profile.name = str(record.get("name", ""))
     return profile

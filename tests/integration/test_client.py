@@ -83,11 +83,14 @@ def test_several_batches_are_on_their_way(hand_triton: HandServer) -> None:
         proxy.always = "stall"
         thread = threading.Thread(target=ask)
         thread.start()
-        while len(proxy.seen) < 3:
+        until = time.monotonic() + 20
+        while len(proxy.seen) < 3 and thread.is_alive():
+            assert time.monotonic() < until
             time.sleep(0.01)
         time.sleep(0.3)
         assert proxy.seen == ["POST /v2/models/squares/infer"] * 3
-        thread.join()
+        thread.join(20)
+        assert not thread.is_alive()
     assert len(failures) == 1
     assert "did not answer in time" in failures[0]
 
@@ -267,6 +270,6 @@ def test_nothing_there(protocol: str, hand_triton: HandServer) -> None:
     other = hand_triton.url("grpc" if protocol == "http" else "http").partition("://")[2]
     with pytest.raises(UserError, match=f"{protocol}://{other}"):
         Client(f"{protocol}://{other}", "squares", timeout=0.5)
-    for url in ("ftp://x", "http://", "http://x:port", "grpc://"):
+    for url in ("ftp://x", "http://", "http://x:port", "grpc://", "grpc://x:99999", "http://[::1"):
         with pytest.raises(UserError, match="not a URL of Triton"):
             Client(url, "squares")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from softteacher.errors import UserError
 from softteacher.serving import follow as module
 from softteacher.serving.follow import catch_up, follow
 
@@ -32,6 +33,24 @@ def test_a_pod_that_serves_nothing_is_not_ready(
     monkeypatch.setattr(module, "_deployed", lambda repository: ["cards", "signs"])
     follow("s3://models/triton", "http://localhost:8000", every=0.01, ready_file=str(tmp_path / "ready"), stop=stop)
     assert (tmp_path / "ready").exists()  # in the end all is well
+
+
+def test_a_pod_whose_repository_is_not_there_is_not_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stop, told = threading.Event(), []
+
+    def say(text: str) -> None:
+        told.append(text)
+        stop.set()
+
+    monkeypatch.setattr(module, "say", say)
+    follow("/nowhere/typo", "http://127.0.0.1:9", ready_file=str(tmp_path / "ready"), stop=stop)
+    assert told == ["/nowhere/typo: no such folder, nor one around it; check --repository"]
+    assert not (tmp_path / "ready").exists()
+
+
+def test_a_url_that_can_be_none_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="grpc://localhost:8001: not a URL of Triton; write http://host:port"):
+        follow(str(tmp_path), "grpc://localhost:8001")
 
 
 @pytest.mark.parametrize("serving", [True, False])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from PIL import Image
 
 from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
-from softteacher.serving.gate import Bounds, Decision, gate
+from softteacher.serving import gate as module
+from softteacher.serving.gate import Bounds, ClassChange, Decision, gate
 from softteacher.serving.repository import Champion, write_champion
 from softteacher.serving.version_folder import write_version
 from tests.helpers import CATEGORIES, onnx_folder, square_detector, square_image
@@ -76,6 +78,23 @@ def test_no_champion(tmp_path: Path) -> None:
     assert written["deploy"] is True
     assert written["onnx_sha256"] == hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
     assert "cards has no champion yet" in (out / "report.html").read_text()
+
+
+def test_no_champion_is_not_no_repository(tmp_path: Path, s3: str) -> None:
+    folder = str(onnx_folder(tmp_path / "onnx"))
+    for repository, message in (("/nowhere/typo", "no such folder"), ("s3://no-such-bucket/models", "no such bucket")):
+        with pytest.raises(UserError, match=f"{repository}: {message}"):
+            gate(folder, repository, "cards")
+    assert gate(folder, f"{s3}/models", "cards").deploy
+    with pytest.raises(UserError, match=r"--name cards\.v2: only letters"):
+        gate(folder, f"{s3}/models", "cards.v2")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bound", ["delta", "max_class_drop", "max_latency_ratio"])
+def test_bounds_are_numbers(bound: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"--{bound.replace('_', '-')} {value}: must be a finite number"):
+        Bounds(**{bound: value})
 
 
 def test_a_better_model_goes_live(decide: Callable[..., Decision]) -> None:
@@ -183,6 +202,30 @@ def test_a_fall_on_few_images_is_shown_but_does_not_count(
     assert (dark.images, dark.fallen) == (2, False)
     assert dark.change < -0.05
     assert decision.deploy
+
+
+def test_a_fall_that_may_be_chance_does_not_count(decide: Callable[..., Decision]) -> None:
+    """Only the smallest of the twelve grey squares is found less well: a third of the resamples don't have it."""
+    bounds = Bounds(max_class_drop=0.01, max_latency_ratio=1000)
+    decision = decide({"grey": (0, 0.415)}, {"grey": GREY, "margin": 6}, bounds)
+    dark = decision.comparison.classes[0]
+    assert dark.images == 12
+    assert dark.change < -0.01
+    assert dark.low < dark.high == 0
+    assert not dark.fallen
+    assert decision.deploy
+
+
+@pytest.mark.parametrize(("fallen", "more"), [(3, ()), (5, ("and so do 2 more classes",))])
+def test_of_many_classes_that_fall_the_worst_are_named(
+    decide: Callable[..., Decision], fallen: int, more: tuple[str, ...]
+) -> None:
+    comparison = decide({"grey": GREY}, {"grey": GREY, "margin": 6}).comparison
+    classes = [ClassChange(0.8 - n / 10, 0.9, -0.3, -0.1, f"c{n}", 12, fallen=n < fallen) for n in range(6)]
+    found = module._rejections(replace(comparison, classes=classes), 0.5, 0.4, 0.1)
+    worst = range(fallen - 1, fallen - 4, -1)
+    named = [f"class c{n} falls from 0.9000 to {0.8 - n / 10:.4f}, 0.05 allowed" for n in worst]
+    assert found == (*named, *more)
 
 
 def test_a_class_without_boxes_in_the_validation_set(validation: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ EVERYWHERE = pytest.mark.parametrize("root", ["local", "s3"], indirect=True)
 @pytest.fixture
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     on_s3 = getattr(request, "param", "local") == "s3"
-    return request.getfixturevalue("s3") if on_s3 else str(tmp_path / "root")
+    return request.getfixturevalue("s3") if on_s3 else str(tmp_path)
 
 
 @pytest.fixture
@@ -186,6 +186,8 @@ def test_nothing_to_start_from(world: World, capsys: pytest.CaptureFixture[str])
     assert "version 1 of cards is live, but its model folder is not in" in told(capsys)
     with pytest.raises(UserError, match="cards: there is no version 7, neither in"):
         lineage("cards", world.repository, world.registry, 7)
+    with pytest.raises(UserError, match="cards: there is no version 0, neither in"):
+        lineage("cards", world.repository, world.registry, 0)
 
 
 def test_a_version_that_all_have_forgotten(world: World) -> None:
@@ -201,6 +203,16 @@ def test_what_record_refuses(world: World, tmp_path: Path) -> None:
     model, onnx = world.deploy(1)
     with pytest.raises(UserError, match=r"--registry .*: is in Triton's repository"):
         record(model, onnx, world.repository, "cards", f"{world.repository}/registry")
+    for name in ("a/b", "cards-canary"):
+        with pytest.raises(UserError, match=f"--name {name}: "):
+            record(model, onnx, world.repository, name, world.registry)
+        with pytest.raises(UserError, match=f"--name {name}: "):
+            lineage(name, world.repository, world.registry)
+    (tmp_path / "gate").mkdir()
+    for torn in ('{"deploy": tr', "[1]", "7", "{}"):
+        (tmp_path / "gate" / "gate.json").write_text(torn)
+        with pytest.raises(UserError, match=r"gate/gate\.json: torn, or not of `softteacher gate`"):
+            record(model, onnx, world.repository, "cards", world.registry, gate=str(tmp_path / "gate"))
     other, _ = world.deploy(2, (1,))
     with pytest.raises(UserError, match=r"onnx-1-0: was not exported from .*model-2-0"):
         record(other, onnx, world.repository, "cards", world.registry)
@@ -237,7 +249,9 @@ def test_a_killed_record_is_none(world: World, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_torn_record_is_named(world: World) -> None:
-    record(*world.deploy(1), world.repository, "cards", world.registry)
-    storage.write_bytes(f"{world.registry}/cards/1/lineage.json", b"{}")
-    with pytest.raises(UserError, match=r"cards/1/lineage\.json: torn, or not ours"):
-        lineage("cards", world.repository, world.registry)
+    facts = record(*world.deploy(1), world.repository, "cards", world.registry)
+    lacking = [{k: v for k, v in facts.items() if k != key} for key in ("version", "versions", "onnx_sha256")]
+    for torn in ({}, [], *lacking, facts | {"parents": {"champion": None}}):
+        storage.write_bytes(f"{world.registry}/cards/1/lineage.json", json.dumps(torn).encode())
+        with pytest.raises(UserError, match=r"cards/1/lineage\.json: torn, or not ours"):
+            lineage("cards", world.repository, world.registry)

@@ -9,6 +9,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from softteacher.errors import UserError
+from softteacher.model_folder import sha256
 from softteacher.serving.repository import (
     Champion,
     Runtime,
@@ -49,6 +50,18 @@ def test_torn_json_is_named(name: str, content: str, message: str, tmp_path: Pat
     (onnx_folder(tmp_path) / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read_onnx_folder(tmp_path)
+
+
+def test_another_smoke_file_is_named(tmp_path: Path) -> None:
+    folder = onnx_folder(tmp_path)
+    parity = json.loads((folder / "parity.json").read_text())
+    (folder / "parity.json").write_text(json.dumps(parity | {"smoke_sha256": sha256(folder / "smoke.npz")}))
+    read_onnx_folder(folder)
+    (folder / "smoke.npz").write_bytes((folder / "smoke.npz").read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"smoke\.npz: is not the file that parity\.json was made for"):
+        read_onnx_folder(folder)
+    (folder / "parity.json").write_text(json.dumps(parity))  # of an older release
+    read_onnx_folder(folder)
 
 
 def test_weights_that_are_nan_are_named(tmp_path: Path) -> None:
@@ -153,6 +166,12 @@ def test_champion_pointer(tmp_path: Path) -> None:
         (tmp_path / "cards" / file).parent.mkdir(exist_ok=True)
         (tmp_path / "cards" / file).write_bytes(b"")
     assert versions(repository, "cards") == [2, 10]
+
+
+def test_no_pointer_where_no_repository_can_be() -> None:
+    """Or whoever mistypes it is told that nothing is live."""
+    with pytest.raises(UserError, match="/nowhere/typo: no such folder"):
+        read_champion("/nowhere/typo", "cards")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "cards"}'])

@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from softteacher.errors import UserError
 from softteacher.serving.status import status
+
+
+@pytest.mark.parametrize("url", ["http://localhost:abc", "localhost:99999", "http://localhost:-1", "http://[::1"])
+def test_a_wrong_url_of_triton_is_a_note(url: str, tmp_path: Path) -> None:
+    assert f"{url}: not a URL of Triton; write http://host:port" in status(str(tmp_path), url, "cards")["notes"]
+
+
+def test_what_can_not_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/nowhere/typo: no such folder"):
+        status("/nowhere/typo", "http://127.0.0.1:9", "cards")
+    with pytest.raises(UserError, match=r"--name cards\.v2: only letters"):
+        status(str(tmp_path), "http://127.0.0.1:9", "cards.v2")
 
 
 @pytest.mark.parametrize(

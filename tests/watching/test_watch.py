@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -19,7 +19,20 @@ from tests.evaluation.test_report import NASTY, Page
 from tests.watching.test_drift import profile
 from tests.watching.test_profile import CLASSES, detections
 
-TODAY = datetime.now(UTC).date()
+TODAY = date(2026, 6, 15)
+
+
+@pytest.fixture(autouse=True)
+def _noon(monkeypatch):
+    """It is noon of that day all the time: for a run over midnight, the days would be others than the traffic's."""
+
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(TODAY.year, TODAY.month, TODAY.day, 12, tzinfo=tz)
+
+    for module in ("watch", "recorder"):
+        monkeypatch.setattr(f"softteacher.watching.{module}.datetime", Noon)
 
 
 def put(traffic, images, days_ago=0, name="cards", version="1", **kind):
@@ -107,7 +120,20 @@ def test_which_model_and_version(reference, tmp_path, capsys):
     assert watch(reference, live, name="cards", version="11")["images"] == 0
     facts = watch(reference, live, name="cards", all_versions=True)
     assert (facts["version"], facts["images"]) == ("", 8)
-    assert watch(reference, live, name="unheard of")["images"] == 0
+    with pytest.raises(UserError, match=r"no traffic of crads from .*, but of cards, digits; check --name, or --since"):
+        watch(reference, live, name="crads")
+    assert watch(reference, live, name="digits", since="5d", until="4d")["images"] == 0  # nobody has any
+
+
+def test_a_model_that_has_just_been_deployed_has_no_traffic(reference, tmp_path):
+    """Its name is no typo: the reference has it, too."""
+    live, model = str(tmp_path / "traffic"), tmp_path / "models" / "cards"
+    put(live, 7, name="digits")
+    storage.copy(reference, model / "1")
+    (model / "champion.json").write_text(json.dumps({"name": "cards", "version": 1}))
+    for name in (None, "cards"):
+        facts = watch(str(model), live, name=name)
+        assert (facts["name"], facts["images"], facts["enough"]) == ("cards", 0, False)
 
 
 def test_reference_of_the_live_version(reference, tmp_path):
@@ -129,9 +155,14 @@ def test_reference_of_the_live_version(reference, tmp_path):
     put(live, 5, version="3")
     put(live, 7, name="digits")
     assert watch(str(model), live)["images"] == 5
-    (model / "champion.json").write_text("[]")
-    with pytest.raises(UserError, match=r"champion\.json: not ours"):
-        read_reference(str(model))
+    for torn in ("[]", "{", '{"name": "cards"}'):
+        (model / "champion.json").write_text(torn)
+        with pytest.raises(UserError, match=r"champion\.json: not ours"):
+            read_reference(str(model))
+    for torn in ("[]", "{", '{"record": {"a": 1}}', '{"record": []}'):
+        (model / "2" / "manifest.json").write_text(torn)
+        with pytest.raises(UserError, match=r"manifest\.json: not ours"):
+            read_reference(str(model / "2"))
 
 
 def test_an_earlier_report_as_reference(reference, tmp_path):

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "softteacher"
 LAYERS = (
     {"errors", "choices"},
     {"detections"},
-    {"config", "storage", "s3"},
     {"console"},
+    {"config", "storage", "s3"},
     {"device", "distributed"},
     {"data"},
     {"collecting"},

@@ -142,6 +142,8 @@ def bad(tmp_path, name):
     train += ["--out", tmp_path / "out"]
     file = folder / "annotations" / "instances_train.json"
     endpoint = ["--triton", "http://127.0.0.1:9", "--name", "x", "--repository", tmp_path / "out"]
+    predict = ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", folder / "images" / "1.png"]
+    predict += ["--format", "json"]
     match name:
         case "no data":
             split[2] = "/nowhere"
@@ -188,9 +190,17 @@ def bad(tmp_path, name):
         case "no model to export":
             return ["export", "--model", "/nowhere", "--out", tmp_path / "out"]
         case "no triton":
-            return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", folder / "images" / "1.png"]
+            return predict
         case "no image":
             return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", "/nowhere.png"]
+        case "output is a folder":
+            return [*predict, "--output", folder]
+        case "output is an image":
+            (tmp_path / "link").symlink_to(folder)
+            return [*predict, "--output", tmp_path / "link" / "images" / "1.png"]
+        case "output is a part":
+            (tmp_path / "a.json").write_text("[]")
+            return [*predict, "--output", tmp_path / "a.json", "--join", tmp_path / "a.json"]
         case "deploy nothing":
             return ["deploy", "--onnx", "/nowhere", *endpoint]
         case "canary of all":
@@ -229,6 +239,9 @@ def bad(tmp_path, name):
         ("no model to export", "/nowhere: no such file or folder"),
         ("no triton", "Triton at http://127.0.0.1:9 can't be reached"),
         ("no image", "/nowhere.png: no such file"),
+        ("output is a folder", "in: is a folder, but a file is needed for the output"),
+        ("output is an image", "1.png: is one of the inputs, the answers would replace it"),
+        ("output is a part", "a.json: is one of the inputs, the answers would replace it"),
         ("deploy nothing", "/nowhere: no such file or folder"),
         ("canary of all", "--canary 100%: is no share of the requests; write 10% or 0.1"),
         ("rollback without triton", "Triton at http://127.0.0.1:9 can't be reached"),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import json
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,8 +88,9 @@ def predict_files(
         parts: what all the shards wrote as JSON, to be written as one run would have; nothing is asked then.
 
     Raises:
-        UserError: the endpoint can't answer; a part is missing or broken; a picture would replace one of the images;
-            or, after everything else is done, some images could not be read.
+        UserError: the endpoint can't answer; a part is missing or broken; a picture or the answers would replace one
+            of the images, or `output` a part; it can't be written, which is known before anything is asked unless it
+            comes up later; or, after everything else is done, some images could not be read.
     """
     if output and form == "table":
         raise UserError(f"--output {output}: a table is for the screen; add --format json, coco or csv")
@@ -99,6 +98,8 @@ def predict_files(
         raise UserError("--join writes the answers again, nothing else; give --out and --record to the shards")
     sources = find_sources(images)
     pictures = _pictures(sources, out)  # of all shards, which write into one folder
+    if output and storage.place(output) in {storage.place(uri) for uri in (*(s.uri for s in sources), *parts)}:
+        raise UserError(f"--output {output}: is one of the inputs, the answers would replace it; choose another file")
     if shard:
         sources = shard.share(sources)
     broken: list[str] = []
@@ -112,21 +113,19 @@ def predict_files(
             yield answer
 
     with (
+        storage.output_file(output) if output else nullcontext() as file,  # refused before anything is asked
         TrafficRecorder(record, name) if record else nullcontext() as recorder,
         Client(triton, name, recorder=recorder) as client,
     ):
         answers = watched(_joined(parts, sources) if parts else _answers(client, sources, pictures, score))
-        if output is None:
+        if file is None:
             # the name of a file need not be UTF-8; as in a file, its bytes are written as they are
             if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
                 sys.stdout.reconfigure(errors="surrogateescape")
             write(answers, sys.stdout, form, lambda: client.categories)
         else:
-            with tempfile.TemporaryDirectory(prefix="softteacher-") as folder:
-                file = Path(folder, "answers")
-                with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
-                    write(answers, text, form, lambda: client.categories)
-                storage.copy(file, output)
+            with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
+                write(answers, text, form, lambda: client.categories)
         if client.canary:
             say(str(client.canary))
     if broken:

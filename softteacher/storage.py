@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from softteacher import s3
-from softteacher.console import say
+from softteacher.console import say, track
 from softteacher.errors import Conflict as Conflict
 from softteacher.errors import MissingFile, UserError
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter would be a drive of Windows
 _PART = ".part"  # end of the name of a file that is being written
 _SCRATCH = ".softteacher-"  # begin of the name of a folder that is being written
 
@@ -40,8 +42,17 @@ class FileInfo(NamedTuple):
 
 
 def is_s3(uri: str | Path) -> bool:
-    """Whether `uri` is an `s3://bucket/key` URI."""
-    return str(uri).startswith("s3://")
+    """Whether `uri` is an `s3://bucket/key` URI; else it is a local path.
+
+    Raises:
+        UserError: it is a URI of another kind, or one with a typo, which would make an odd local folder.
+    """
+    text = str(uri)
+    if text.startswith("s3://"):
+        return True
+    if _SCHEME.match(text):
+        raise UserError(f"{text}: only local paths and s3://bucket/key are supported; write one of them")
+    return False
 
 
 def place(uri: str | Path) -> str:
@@ -184,7 +195,7 @@ def copy(source: str | Path, target: str | Path) -> None:
         raise MissingFile(f"{source}: no such file or folder; check the path")
     if not is_s3(target) and (odd := next(filter(leads_out, names), None)):
         raise UserError(f"{source}: the object {odd!r} can't be a file below a folder; remove it, or rename it")
-    for name in names:
+    for name in _shown(names, "copy"):
         _copy_file(join(source, name), join(target, name))
 
 
@@ -319,13 +330,20 @@ def _scratch(uri: str | Path, parent: Path | None, name: str, publish: Callable[
 
 
 def _publish(folder: Path, uri: str | Path) -> None:
-    for info in sorted(list_files(folder), key=lambda info: info.name == "provenance.json"):
-        if is_s3(uri):
-            _copy_file(folder / info.name, join(uri, info.name))
-            continue
-        target = Path(os.path.realpath(uri), info.name)
+    names = sorted((f.name for f in list_files(folder)), key=lambda name: name == "provenance.json")
+    if is_s3(uri):
+        for name in _shown(names, "upload"):
+            _copy_file(folder / name, join(uri, name))
+        return
+    for name in names:
+        target = Path(os.path.realpath(uri), name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / info.name).replace(target)
+        (folder / name).replace(target)
+
+
+def _shown(names: list[str], title: str) -> Iterable[str]:
+    """The names; of more than one with a progress bar."""
+    return track(names, title, len(names)) if len(names) > 1 else names
 
 
 def _copy_file(source: str | Path, target: str | Path) -> None:

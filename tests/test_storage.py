@@ -37,6 +37,34 @@ def test_what_tells_that_a_folder_is_whole_comes_last(base: str, monkeypatch: py
     assert [name for name in order if not name.startswith(".")] == ["classes.json", "teacher.pt", "provenance.json"]
 
 
+@pytest.mark.parametrize("uri", ["gs://b/x", "s3:/b/x", "S3://b/x", "file:///x", "s3a://b/x", Path("s3://b/x")])
+def test_a_uri_of_another_kind_makes_no_local_folder(uri: str | Path) -> None:
+    for call in (storage.is_s3, storage.read_bytes, lambda uri: storage.output_folder(uri).__enter__()):
+        with pytest.raises(UserError, match=r":/.*: only local paths and s3://bucket/key are supported"):
+            call(uri)
+
+
+@pytest.mark.parametrize("path", ["C:/x", "./gs:/x", "/gs:/x", "a b:/x", "12:/30", "gs:x"])
+def test_a_path_may_have_a_colon(path: str) -> None:
+    assert not storage.is_s3(path)
+
+
+def test_what_takes_long_shows_progress(base: str, s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log it is a line at the end, in any case."""
+    for name in ("a", "b", "c"):
+        storage.write_bytes(f"{base}/{name}", b"x")
+    storage.copy(f"{base}/a", f"{s3}/a")
+    assert capsys.readouterr().err == ""
+    with storage.local_input(base) as folder:
+        assert ("] 3/3" in capsys.readouterr().err) is storage.is_s3(base)
+        storage.copy(folder, f"{s3}/copied")
+    assert capsys.readouterr().err.startswith("copy       [######")
+    with storage.output_folder(f"{s3}/out") as folder:
+        storage.write_bytes(folder / "a", b"x")
+        storage.write_bytes(folder / "b" / "c", b"x")
+    assert capsys.readouterr().err == f"upload     [{24 * '#'}] 2/2\n"
+
+
 def test_round_trip(base: str) -> None:
     for uri, data in ((f"{base}/a b/ü.bin", bytes(range(256)) * 50_000), (f"{base}/empty", b"")):
         storage.write_bytes(uri, data)

@@ -78,6 +78,8 @@ def demo(
             raise UserError(f"{unlabeled}: holds the data set itself; give a folder beside it, or in it")
     if runner == "docker":
         check_image(TRITON_IMAGE)
+    if storage.is_s3(out):
+        raise UserError(f"--out {out}: the demo writes to this machine; choose a local folder")
     folder = Path(out).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

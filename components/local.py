@@ -19,6 +19,7 @@ from kfp import local
 from kfp.dsl.graph_component import GraphComponent
 
 from components.containers import docker_runner
+from softteacher import storage
 from softteacher.choices import Runner
 from softteacher.errors import UserError
 
@@ -114,6 +115,8 @@ def run_local(
     dags = [spec.root.dag, *(component.dag for component in spec.components.values())]
     tasks = [task for dag in dags for task in dag.tasks.values()]
     names = {task.component_ref.name.removeprefix("comp-"): task.task_info.name for task in tasks}
+    if storage.is_s3(pipeline_root):
+        raise UserError(f"--pipeline-root {pipeline_root}: the steps write to this machine; choose a local folder")
     root = Path(pipeline_root).absolute()
     earlier = set(root.glob(f"{pipeline.name}-*"))
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeVar
 import docstring_parser
 import typer
 
+from softteacher.cli.options import not_blank
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -14,6 +16,8 @@ def options_of(
     function: Callable[..., Any], *, flags: Mapping[str, str] | None = None, types: Mapping[str, Any] | None = None
 ) -> list[inspect.Parameter]:
     """One option for each parameter of a function, with its default; the help is that of the docstring.
+
+    Those without a default must not be blank.
 
     Args:
         function: With types and a Google style docstring.
@@ -34,7 +38,9 @@ def options_of(
     options = []
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         text = " ".join(described[name].split()).rstrip(".")
-        option = typer.Option(*([flags[name]] if flags and name in flags else []), help=text)
+        required = parameter.default is parameter.empty  # an optional one may be empty, which is none
+        flag = [flags[name]] if flags and name in flags else []
+        option = typer.Option(*flag, help=text, callback=not_blank if required else None)
         kind = (types or {}).get(name, parameter.annotation)
         # by keyword only: one without a default may then follow one with
         options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option]))

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from softteacher import s3
+from softteacher.console import say, track
 from softteacher.errors import Conflict as Conflict
 from softteacher.errors import MissingFile, UserError
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter would be a drive of Windows
 _LAST = {"provenance.json", "pending.json"}  # they tell that the files beside them are whole
 _PART = ".part"  # end of the name of a file that is being written
+_SCRATCH = ".softteacher-"  # begin of the name of a folder that is being written
 
 
 class FileInfo(NamedTuple):
@@ -39,8 +43,17 @@ class FileInfo(NamedTuple):
 
 
 def is_s3(uri: str | Path) -> bool:
-    """Whether `uri` is an `s3://bucket/key` URI."""
-    return str(uri).startswith("s3://")
+    """Whether `uri` is an `s3://bucket/key` URI; else it is a local path.
+
+    Raises:
+        UserError: it is a URI of another kind, or one with a typo, which would make an odd local folder.
+    """
+    text = str(uri)
+    if text.startswith("s3://"):
+        return True
+    if _SCHEME.match(text):
+        raise UserError(f"{text}: only local paths and s3://bucket/key are supported; write one of them")
+    return False
 
 
 def place(uri: str | Path) -> str:
@@ -153,6 +166,7 @@ def list_files(uri: str | Path, *, follow: bool = False) -> Iterator[FileInfo]:
                     below_it.clear()
                     continue
                 way[folder] = (*above, real)
+            below_it[:] = [name for name in below_it if not name.startswith(_SCRATCH)]
             below = Path(os.path.relpath(folder, root)).as_posix() + "/" if folder != root else ""
             for name in names:  # texts, not paths: there may be millions
                 if name.endswith(_PART) and name.startswith("."):
@@ -182,7 +196,7 @@ def copy(source: str | Path, target: str | Path) -> None:
         raise MissingFile(f"{source}: no such file or folder; check the path")
     if not is_s3(target) and (odd := next(filter(leads_out, names), None)):
         raise UserError(f"{source}: the object {odd!r} can't be a file below a folder; remove it, or rename it")
-    for name in names:
+    for name in _shown(names, "copy"):
         _copy_file(join(source, name), join(target, name))
 
 
@@ -234,36 +248,96 @@ def output_folder(uri: str | Path) -> Iterator[Path]:
         ...     (folder / "metrics.json").write_text("{}")
     """
     parent = None
-    if is_s3(uri):
-        exists(uri)  # a store or bucket that isn't there is told before the work, not after it
-    else:
-        with _explained(uri):
-            parent = Path(uri).absolute().parent
-            if Path(uri).exists() and not Path(uri).is_dir():
-                raise UserError(f"{uri}: is a file, but a folder is needed for the output; choose another --out")
-            parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(parent, os.W_OK):
-                raise UserError(f"{uri}: {parent} is not writable; choose another --out, or change its mode")
     with _explained(uri):
-        scratch = Path(tempfile.mkdtemp(prefix=".softteacher-", dir=parent))
+        if is_s3(uri):
+            exists(uri)  # a store or bucket that isn't there is told before the work, not after it
+        else:  # the scratch folder is on the target's file system, so that its files can be moved
+            target = Path(os.path.realpath(uri))  # a link to a folder is followed
+            if target.exists() and not target.is_dir():
+                raise UserError(f"{uri}: is a file, but a folder is needed for the output; choose another --out")
+            _check_writable(uri, target)
+            parent = target if target.is_dir() else target.parent  # the first may be a volume of its own
+            parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(uri, parent, "", lambda folder: _publish(folder, uri)) as folder:
+        yield folder
+
+
+@contextmanager
+def output_file(uri: str | Path) -> Iterator[Path]:
+    """A scratch file that is copied to `uri` when the block succeeds, and vanishes when it fails.
+
+    Where only the copying fails, the file is kept and the error names it.
+
+    Raises:
+        UserError: `uri` can't be written; said before the block, if it can be known.
+    """
+    with _explained(uri):
+        if is_s3(uri):
+            exists(uri)
+        elif Path(uri).is_dir():
+            raise UserError(f"{uri}: is a folder, but a file is needed for the output; choose another name")
+        elif Path(uri).is_file() or not Path(uri).exists():  # not a device or a pipe
+            _check_writable(uri, Path(uri).absolute().parent)
+    with _scratch(uri, None, "output", lambda file: _copy_file(file, uri)) as file:
+        yield file
+
+
+def _check_writable(uri: str | Path, folder: Path) -> None:
+    """Refuse a folder that can't be written or made, before work begins whose result should go there."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: is a file where a folder is needed; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{uri}: {there} is not writable; choose another place, or change its mode")
+
+
+@contextmanager
+def _scratch(uri: str | Path, parent: Path | None, name: str, publish: Callable[[Path], None]) -> Iterator[Path]:
+    """What is published when the block succeeds, and vanishes when it fails; kept if only the publishing fails.
+
+    Args:
+        uri: where, for errors.
+        parent: of the scratch folder; none: the system's for temporary files.
+        name: of a file in the scratch folder; empty: the folder itself is it.
+        publish: is called with it.
+    """
+    with _explained(uri):
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
     try:
         with _explained(uri):
-            yield scratch
+            yield scratch / name
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    kept = f"the finished result is kept in {scratch / name}"
     try:
-        for info in sorted(list_files(scratch), key=lambda info: info.name in _LAST):
-            if is_s3(uri):
-                _copy_file(scratch / info.name, join(uri, info.name))
-                continue
-            with _explained(uri):
-                target = Path(uri, info.name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (scratch / info.name).replace(target)
+        with _explained(uri):
+            publish(scratch / name)
     except UserError as e:
-        raise UserError(f"{e}; the finished result is kept in {scratch}") from e
+        raise UserError(f"{e}; {kept}") from e
+    except Exception as e:
+        raise UserError(f"{uri}: {type(e).__name__}: {e}; {kept}") from e
+    except BaseException:  # told to end
+        say(kept)
+        raise
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _publish(folder: Path, uri: str | Path) -> None:
+    names = sorted((f.name for f in list_files(folder)), key=lambda name: name in _LAST)
+    if is_s3(uri):
+        for name in _shown(names, "upload"):
+            _copy_file(folder / name, join(uri, name))
+        return
+    for name in names:
+        target = Path(os.path.realpath(uri), name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).replace(target)
+
+
+def _shown(names: list[str], title: str) -> Iterable[str]:
+    """The names; of more than one with a progress bar."""
+    return track(names, title, len(names)) if len(names) > 1 else names
 
 
 def _copy_file(source: str | Path, target: str | Path) -> None:

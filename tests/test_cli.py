@@ -1,13 +1,20 @@
 """The command line: exit codes, one line for what is wrong, nothing half-written."""
 
 import errno
+import inspect
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import typer
 import yaml
 
 from softteacher import cli, storage
@@ -72,6 +79,35 @@ def test_usage(run):
         code, _, err = run(*arguments)
         assert code == 2
         assert err[0].startswith("Usage: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_text_is_blank(run, command):
+    """As with an unset variable of the shell; a blank path would be the working folder."""
+    (function,) = (
+        known.callback
+        for group in cli.app.registered_groups
+        for known in group.typer_instance.registered_commands
+        if known.callback.__name__ == command
+    )
+    texts = []
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        kind, info = get_args(parameter.annotation)
+        if {str, list[str]} & {kind, *get_args(kind)} and parameter.default != "":
+            # typer takes the first text of an annotation's Option() for a default, until it reads the command
+            flags = [flag for flag in (info.default, *(info.param_decls or ())) if isinstance(flag, str)]
+            positional = isinstance(info, typer.models.ArgumentInfo)
+            texts.append([] if positional else [*flags, "--" + name.replace("_", "-")][:1])
+    assert texts
+    for flag in texts:
+        code, out, err = run(command, *flag, " ")
+        assert (code, out) == (2, "")
+        assert "it is empty; give a value" in err[-1], flag
+
+
+def test_the_run_of_a_commit_may_be_empty(run, tmp_path):
+    _, _, err = run("commit", "--run", "", "--state", tmp_path, "--pending", tmp_path / "none", "--accepted")
+    assert "pending.json: no such file" in err[-1]
 
 
 def test_the_main_line(run, digits, trained, exported, tmp_path):
@@ -148,6 +184,8 @@ def bad(tmp_path, name):
     train += ["--out", tmp_path / "out"]
     file = folder / "annotations" / "instances_train.json"
     endpoint = ["--triton", "http://127.0.0.1:9", "--name", "x", "--repository", tmp_path / "out"]
+    predict = ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", folder / "images" / "1.png"]
+    predict += ["--format", "json"]
     match name:
         case "no data":
             split[2] = "/nowhere"
@@ -183,6 +221,17 @@ def bad(tmp_path, name):
             split[6] = "s3://bucket/out"
         case "bad s3 uri":
             split[2] = "s3://"
+        case "another store":
+            split[6] = "gs://bucket/out"
+        case "one slash":
+            split[2] = "s3:/bucket/data"
+        case "capitals":
+            train[2] = "S3://bucket/labeled.json"
+            return train
+        case "file URI":
+            return [*predict[:5], f"file://{folder}/images/1.png"]
+        case "demo in a bucket":
+            return ["demo", "--out", "s3://bucket/demo"]
         case "unknown setting":
             return [*train, "--set", "training.iteration=5"]
         case "unknown preset":
@@ -194,9 +243,17 @@ def bad(tmp_path, name):
         case "no model to export":
             return ["export", "--model", "/nowhere", "--out", tmp_path / "out"]
         case "no triton":
-            return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", folder / "images" / "1.png"]
+            return predict
         case "no image":
             return ["predict", "--triton", "http://127.0.0.1:9", "--name", "x", "/nowhere.png"]
+        case "output is a folder":
+            return [*predict, "--output", folder]
+        case "output is an image":
+            (tmp_path / "link").symlink_to(folder)
+            return [*predict, "--output", tmp_path / "link" / "images" / "1.png"]
+        case "output is a part":
+            (tmp_path / "a.json").write_text("[]")
+            return [*predict, "--output", tmp_path / "a.json", "--join", tmp_path / "a.json"]
         case "deploy nothing":
             return ["deploy", "--onnx", "/nowhere", *endpoint]
         case "canary of all":
@@ -239,6 +296,11 @@ def bad(tmp_path, name):
         ("no s3", "s3://bucket/data: S3 at http://127.0.0.1:9 can't be reached"),
         ("no s3 for the output", "s3://bucket/out: S3 at http://127.0.0.1:9 can't be reached"),
         ("bad s3 uri", "no bucket in the S3 URI"),
+        ("another store", "gs://bucket/out/labeled.json: only local paths and s3://bucket/key are supported"),
+        ("one slash", "s3:/bucket/data: only local paths"),
+        ("capitals", "S3://bucket/labeled.json: only local paths"),
+        ("file URI", "images/1.png: only local paths"),
+        ("demo in a bucket", "--out s3://bucket/demo: the demo writes to this machine"),
         ("unknown setting", "training.iteration: no such setting; did you mean training.iterations?"),
         ("unknown preset", "did you mean demo?"),
         ("bad value", "training.lr = 'fast'"),
@@ -246,6 +308,9 @@ def bad(tmp_path, name):
         ("no model to export", "/nowhere: no such file or folder"),
         ("no triton", "Triton at http://127.0.0.1:9 can't be reached"),
         ("no image", "/nowhere.png: no such file"),
+        ("output is a folder", "in: is a folder, but a file is needed for the output"),
+        ("output is an image", "1.png: is one of the inputs, the answers would replace it"),
+        ("output is a part", "a.json: is one of the inputs, the answers would replace it"),
         ("deploy nothing", "/nowhere: no such file or folder"),
         ("canary of all", "--canary 100%: is no share of the requests; write 10% or 0.1"),
         ("rollback without triton", "Triton at http://127.0.0.1:9 can't be reached"),
@@ -336,3 +401,25 @@ def test_as_a_program(data, tmp_path):
     wrong = subprocess.run([*command, "--percent", "0", "--out", str(tmp_path / "b")], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.splitlines() == ["error: --percent 0: must be more than 0 and at most 100, e.g. 10"]
+
+
+def test_sigterm_leaves_no_scratch_folder(data, tmp_path):
+    """While Triton, here a socket that never answers, is waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        triton = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-m", "softteacher", "predict", "--triton", triton, "--name", "x"]
+        command += [str(data / "images" / "1.png"), "--format", "json", "--output", str(tmp_path / "found.json")]
+        (tmp_path / "scratch").mkdir()
+        process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path / "scratch")})
+        try:
+            until = time.monotonic() + 60
+            while not list((tmp_path / "scratch").glob(".softteacher-*")):
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            process.terminate()
+            assert process.wait(30) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert not list((tmp_path / "scratch").glob(".softteacher-*"))
+    assert not (tmp_path / "found.json").exists()

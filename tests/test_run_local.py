@@ -189,6 +189,10 @@ def test_local_run_on_bad_input(tmp_path: Path):
     assert done.stderr == "error: step train: /nowhere: no such file; check the path\n"
     assert "Traceback" not in done.stdout
     assert [name for name, *_ in calls] == ["fingerprint", "split", "launch"]
+    done, _ = run_local(tmp_path, "--pipeline-root", "s3://data/runs")
+    assert done.stderr == (
+        "error: --pipeline-root s3://data/runs: the steps write to this machine; choose a local folder\n"
+    )
 
 
 def test_local_run_on_a_failure_of_ours(tmp_path: Path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -38,6 +40,27 @@ ShardText = Annotated[
 Parts = Annotated[
     list[str] | None, typer.Option("--join", help="What a shard wrote, for each; nothing is looked at then.")
 ]
+
+
+def not_blank(value: Any) -> Any:
+    """The value of an option, if it isn't blank, as that of an unset variable of the shell is.
+
+    Raises:
+        BadParameter: it is. A blank path would be the working folder, a blank prefix everything.
+    """
+    if any(isinstance(one, str) and not one.strip() for one in (value if isinstance(value, list | tuple) else [value])):
+        raise typer.BadParameter("it is empty; give a value (is a variable of the shell not set?)")
+    return value
+
+
+def refuse_blank(command: Callable[..., Any]) -> None:
+    """Let no option or argument of a command be blank but those that are by default."""
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        option = get_args(hints[name])[1]
+        if parameter.default != "" and option.callback is None:
+            option.callback = not_blank
+    command.__annotations__ = hints  # else they would be evaluated again, into other objects
 
 
 def read_shard(shard: str | None, join: list[str] | None) -> Shard | None:

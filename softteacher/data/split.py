@@ -22,6 +22,8 @@ from softteacher.data.images import SUFFIXES
 from softteacher.data.records import Annotations, ImageRecord, without_gc
 from softteacher.errors import UserError
 
+FILES = ("labeled", "unlabeled", "validation", "split")  # that are written, each with .json
+
 
 def split(
     data: str,
@@ -55,7 +57,7 @@ def split(
         What `split.json` says.
 
     Raises:
-        UserError: anything wrong with the data or the arguments; nothing is written then.
+        UserError: anything wrong with the data or the arguments, or a part would replace the data; nothing is written.
     """
     check_percent(percent, unlabeled)
     if fold < 1:
@@ -65,6 +67,10 @@ def split(
     if not 0 <= max_bad_images <= 1:
         raise UserError(f"--max-bad-images {max_bad_images:g}: must be from 0 to 1, e.g. 0.01")
     train_json, val_json = find_annotations(data)
+    written = {storage.place(storage.join(out, f"{name}.json")) for name in FILES}
+    for source in filter(None, (train_json, val_json)):
+        if storage.place(source) in written:
+            raise UserError(f"--out {out}: a part would replace {source}, which is the data; choose another folder")
     train = load_coco(train_json)
     sources = {train_json: hashlib.sha256(storage.read_bytes(train_json)).hexdigest()}
     if validation_fraction is not None:

@@ -81,6 +81,8 @@ def demo(
             raise UserError(f"{unlabeled}: holds the data set itself; give a folder beside it, or in it")
     if runner == "docker":
         check_image(TRITON_IMAGE)
+    if storage.is_s3(out):
+        raise UserError(f"--out {out}: the demo writes to this machine; choose a local folder")
     folder = Path(out).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import json
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,7 +93,9 @@ def predict_files(
 
     Raises:
         UserError: the endpoint can't answer; a part is missing or broken, or a shard isn't to be written as JSON; a
-            picture would replace one of the images; or, after everything else is done, some images could not be read.
+            picture or the answers would replace one of the images, or `output` a part; it can't be written, which is
+            known before anything is asked unless it comes up later; or, after everything else is done, some images
+            could not be read.
     """
     check_name(name.removesuffix("-canary"))  # a model on trial can be asked by itself
     if shard and form != "json":
@@ -106,6 +106,8 @@ def predict_files(
         raise UserError("--join writes the answers again, nothing else; give --out and --record to the shards")
     sources = find_sources(images)
     pictures = _pictures(sources, out)  # of all shards, which write into one folder
+    if output and storage.place(output) in {storage.place(uri) for uri in (*(s.uri for s in sources), *parts)}:
+        raise UserError(f"--output {output}: is one of the inputs, the answers would replace it; choose another file")
     if shard:
         sources = shard.share(sources)
     broken: list[str] = []
@@ -119,6 +121,8 @@ def predict_files(
             yield answer
 
     with ExitStack() as stack:
+        # refused before anything is asked
+        file = stack.enter_context(storage.output_file(output)) if output else None
 
         @cache
         def client() -> Client:
@@ -127,17 +131,14 @@ def predict_files(
             return stack.enter_context(Client(triton, name, recorder=recorder))
 
         answers = watched(_joined(parts, sources) if parts else _answers(client(), sources, pictures, score))
-        if output is None:
+        if file is None:
             # the name of a file need not be UTF-8; as in a file, its bytes are written as they are
             if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
                 sys.stdout.reconfigure(errors="surrogateescape")
             write(answers, sys.stdout, form, lambda: client().categories)
         else:
-            with tempfile.TemporaryDirectory(prefix="softteacher-") as folder:
-                file = Path(folder, "answers")
-                with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
-                    write(answers, text, form, lambda: client().categories)
-                storage.copy(file, output)
+            with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
+                write(answers, text, form, lambda: client().categories)
         if not parts and client().canary:
             say(str(client().canary))
     if broken:

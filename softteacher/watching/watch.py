@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from softteacher import storage
-from softteacher.console import say
+from softteacher.console import say, track
 from softteacher.errors import MissingFile, UserError
 from softteacher.watching.drift import TITLES, compare, explain
 from softteacher.watching.profile import FILE, NoProfile, TrafficProfile
@@ -158,7 +158,8 @@ def read_traffic(live: str, first: date, last: date) -> dict[tuple[str, str], Tr
     groups: dict[tuple[str, str], TrafficProfile] = {}
     bad = []
     with ThreadPoolExecutor(8) as pool:
-        for path, profile in zip(files, pool.map(lambda path: _read(storage.join(live, path)), files), strict=True):
+        read = pool.map(lambda path: _read(storage.join(live, path)), files)
+        for path, profile in zip(files, track(read, "watch", len(files)), strict=True):
             if profile is None:
                 bad.append(path)
                 continue

@@ -42,6 +42,11 @@ def test_what_the_signature_refuses(app, arguments):
     assert CliRunner().invoke(app, arguments).exit_code == 2
 
 
+def test_only_what_has_no_default_must_not_be_empty(app):
+    assert "it is empty; give a value" in CliRunner().invoke(app, ["--data", ""]).output
+    assert CliRunner().invoke(app, ["--data", "d", "--set", ""]).exit_code == 0
+
+
 def test_help_is_the_docstrings(app):
     text = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
     assert "Folder or prefix [required]" in text

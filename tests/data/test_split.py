@@ -67,6 +67,18 @@ def test_validation_images_are_not_trained_on(tmp_path, capsys):
         split(str(write_coco(tmp_path / "same", coco_tree(8), coco_tree(8))), str(tmp_path / "no"), percent=50)
 
 
+def test_the_data_is_never_replaced(tmp_path):
+    """A person's only annotations may have the name of a part, here behind a link."""
+    folder = write_coco(tmp_path / "set", coco_tree(20))
+    file = (folder / "annotations" / "instances_train.json").rename(folder / "labeled.json")
+    (tmp_path / "link").symlink_to(folder)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"--out .*link: a part would replace .*set/labeled\.json, .*another folder"):
+        split(str(file), str(tmp_path / "link"), percent=20, validation_fraction=0.2)
+    assert file.read_bytes() == before
+    split(str(file), str(tmp_path / "out"), percent=20, validation_fraction=0.2)
+
+
 def test_folds_differ_but_each_is_without_replacement(data, tmp_path):
     folds = [split(data, str(tmp_path / str(f)), percent=50, fold=f)["labeled"]["ids"] for f in range(1, 6)]
     assert len({tuple(ids) for ids in folds}) == 5

@@ -178,6 +178,14 @@ def test_an_earlier_report_as_reference(reference, tmp_path):
     assert watch(report, live, version="1")["drift"] is False
 
 
+def test_reading_shows_progress(reference, tmp_path, capsys):
+    live = str(tmp_path / "traffic")
+    for version in "123":
+        put(live, 5, version=version)
+    watch(reference, live)
+    assert f"watch      [{24 * '#'}] 3/3\n" in capsys.readouterr().err
+
+
 def test_the_reference_is_never_replaced(reference, s3, tmp_path):
     live, version = str(tmp_path / "traffic"), tmp_path / "models" / "cards" / "3"
     put(live, 250, version="3", side=9)

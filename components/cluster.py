@@ -10,6 +10,8 @@ from components import TOOLS_IMAGE, TRAIN_IMAGE
 from softteacher.errors import UserError
 from softteacher.storage import is_s3
 
+# How long a run may take that has no deadline of its own
+LONGEST_SECONDS = 30 * 24 * 3600
 # Label and projected token by which a multi-user Kubeflow lets a pod ask KFP's API (its PodDefault)
 API_LABEL = ("access-ml-pipeline", "true")
 
@@ -95,6 +97,10 @@ class ClusterOptions:
         self.parsed_selector()
         self.parsed_tolerations()
 
+    def longest(self) -> int:
+        """Seconds that a run may take."""
+        return round(3600 * self.run_timeout) or LONGEST_SECONDS
+
     def parsed_selector(self) -> dict[str, str]:
         """Value by node label."""
         selector = {}
@@ -165,7 +171,10 @@ def place(
         for toleration in options.parsed_tolerations():
             kubernetes.add_toleration(task, **toleration)
     if options.retries:
-        task.set_retry(options.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="3600s")
+        # The last is no bound on a wait: Argo begins no retry later than so long after the first try began, and ends one
+        # that runs then.
+        waits = {"backoff_duration": "60s", "backoff_factor": 2, "backoff_max_duration": f"{options.longest()}s"}
+        task.set_retry(options.retries, **waits)
     if options.step_timeout and not long:
         kubernetes.set_timeout(task, round(3600 * options.step_timeout))
     if options.s3_secret:

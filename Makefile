@@ -15,6 +15,9 @@ REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
 SOURCE ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's,^((https?|ssh)://)([^/@]*@)?,\1,p; s,^git@,git@,p')
 BUILD_ARGS ?=
 IMAGES := image-train image-tools image-triton
+# what the images are called; a name of its own for each build that goes to a cluster: docs/kubeflow.md
+REPOSITORY ?= softteacher
+TAG ?= $(VERSION)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.py)
 
 .PHONY: help venv demo test test-browser test-docker lint manifests-check images $(IMAGES) clean
@@ -75,11 +78,11 @@ manifests-check: venv .venv-checks/.stamp  ## schemas, kubernetes-validate, chec
 	.venv-checks/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
 	@touch $@
 
-images: $(IMAGES)  ## the container images, by docker; BUILD_ARGS="--build-arg BASE=..." is handed on
+images: $(IMAGES)  ## the container images, by docker; TAG=name, BUILD_ARGS="--build-arg PIP_INDEX_URL=..." is handed on
 
 $(IMAGES): image-%:
 	docker build $(BUILD_ARGS) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
-		--build-arg SOURCE=$(SOURCE) -f images/$*.Dockerfile -t softteacher/$*:$(VERSION) .
+		--build-arg SOURCE=$(SOURCE) -f images/$*.Dockerfile -t $(REPOSITORY)/$*:$(TAG) .
 
 clean:  ## remove what was made here, the environments too
 	rm -rf .venv .venv-checks .venv-triton demo-output build

@@ -60,7 +60,9 @@ def training(name: str, options: ClusterOptions | None, **arguments: Any) -> dsl
     arguments |= {"processes": max(options.gpus, 1), "checkpoints": options.checkpoints}
     launches = options.nodes > 1
     if launches:
-        task = train_nodes(**arguments, nodes=options.nodes, image=options.train_image, shm=options.shm)
+        nodes = {"nodes": options.nodes, "image": options.train_image, "shm": options.shm}
+        nodes |= {"deadline": options.longest(), "pull_secrets": [*options.image_pull_secrets]}
+        task = train_nodes(**arguments, **nodes)
     else:
         task = train(**arguments)
     return place(task, options, heavy=True, gpus=options.gpus, launches=launches, long=True).set_display_name(name)

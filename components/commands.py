@@ -25,12 +25,13 @@ from softteacher.errors import UserError
 Build = Callable[[ClusterOptions | None], GraphComponent]
 
 # what the command line calls them, and what it lets through; KFP knows neither
-FLAGS = {"overrides": "--set", "tolerations": "--toleration"}
+FLAGS = {"overrides": "--set", "tolerations": "--toleration", "image_pull_secrets": "--image-pull-secret"}
 TYPES = {
     "triton_backend": Backend,
     "triton_engine": ServedEngine,
     "node_selector": list[str],
     "tolerations": list[str],
+    "image_pull_secrets": list[str],
 }
 
 PLACES = {"data", "unlabeled", "source", "state", "base", "repository", "registry", "labels"}

@@ -30,6 +30,8 @@ def train_nodes(
     nodes: int,
     image: str,
     shm: str,
+    deadline: int,
+    pull_secrets: list[str],
     task_config: dsl.TaskConfig,
     model: dsl.Output[dsl.Model],
 ):
@@ -49,10 +51,13 @@ def train_nodes(
         nodes: How many nodes.
         image: Image of the nodes.
         shm: Size of the memory-backed /dev/shm of each node.
+        deadline: Seconds that the nodes may take in all.
+        pull_secrets: Secrets by which the nodes may pull the image.
         task_config: Resources, environment, volumes, node selector and tolerations of the task, from KFP.
         model: Model folder: weights of teacher and student, settings, classes, metrics, provenance.
     """
     import json
+    import os
 
     from kubeflow.trainer import TrainerClient
 
@@ -64,7 +69,8 @@ def train_nodes(
     options += [f"training.new_share={new_share}"] if new_share else []
     # for the provenance of the model; this pod's own image is another
     told = {"SOFTTEACHER_RUN": run, "SOFTTEACHER_IMAGE": image}
-    others = [variable for variable in task_config.env or [] if variable["name"] not in told]
+    pod = {"name": "SOFTTEACHER_POD", "uid": "SOFTTEACHER_POD_UID"}  # of this pod, not of the nodes'
+    others = [variable for variable in task_config.env or [] if variable["name"] not in {*told, *pod.values()}]
     task_config.env = [*others, *({"name": key, "value": value} for key, value in told.items())]
     metrics = train_on_nodes(
         TrainerClient(),
@@ -77,6 +83,9 @@ def train_nodes(
         processes=processes,
         shm=shm,
         task=task_config,
+        deadline=deadline,
+        owner={key: os.environ[variable] for key, variable in pod.items()},
+        pull_secrets=pull_secrets,
     )
     scores = {weights: numbers(score) for weights, score in metrics.items()}
     model.metadata.update({"method": method, "preset": preset, "overrides": overrides, "metrics": scores})

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +45,9 @@ def train_on_nodes(
     processes: int,
     shm: str,
     task: dsl.TaskConfig,
+    deadline: int,
+    owner: Mapping[str, str] | None = None,
+    pull_secrets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train on many nodes; called again with the same prefix, it takes up what is there: a model or a running job.
 
@@ -58,6 +62,9 @@ def train_on_nodes(
         processes: On each node, one an accelerator.
         shm: Size of the memory-backed /dev/shm of each node.
         task: Resources of a node, its environment, volumes, node selector, tolerations and affinity.
+        deadline: Seconds after which Trainer ends the job, whatever became of this process.
+        owner: `name` and `uid` of the pod that this runs in: Kubernetes takes the job away with it.
+        pull_secrets: Secrets by which the nodes may pull the image.
 
     Returns:
         `metrics.json` of the model folder.
@@ -81,6 +88,9 @@ def train_on_nodes(
             nodes=nodes,
             shm=shm,
             task=task,
+            deadline=deadline,
+            owner=owner,
+            pull_secrets=pull_secrets,
         )
         run(client, job)
     storage.copy(result, model)
@@ -102,9 +112,21 @@ def train_command(prefix: str, settings: list[str], processes: int) -> list[str]
 
 
 def build(
-    command: list[str], *, name: str, runtime: Runtime, image: str, nodes: int, shm: str, task: dsl.TaskConfig
+    command: list[str],
+    *,
+    name: str,
+    runtime: Runtime,
+    image: str,
+    nodes: int,
+    shm: str,
+    task: dsl.TaskConfig,
+    deadline: int,
+    owner: Mapping[str, str] | None = None,
+    pull_secrets: Sequence[str] = (),
 ) -> TrainerV1alpha1TrainJob:
     """The TrainJob, in the SDK's types.
+
+    Deadline and owner end it where this process can't, since it was killed or lost with its node.
 
     Not by `TrainerClient.train()`: its trainers take no environment from secrets, Trainer refuses environment in a
     patch of the container `node`, and its pod patch has no grace period.
@@ -114,6 +136,7 @@ def build(
         "tolerations": task.tolerations,
         "affinity": task.affinity,
         "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "imagePullSecrets": [{"name": secret} for secret in pull_secrets] or None,
         # KFP passes no emptyDir through, and a pod's own /dev/shm is 64 MB
         "volumes": [*(task.volumes or []), {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}}],
         "containers": [
@@ -131,12 +154,16 @@ def build(
         "resourcesPerNode": task.resources,
         "env": task.env,
     }
+    metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "softteacher"}}
+    if owner:
+        metadata["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", **owner}]
     return TrainerV1alpha1TrainJob.from_dict(
         {
             "apiVersion": constants.API_VERSION,
             "kind": constants.TRAINJOB_KIND,
-            "metadata": {"name": name, "labels": {"app.kubernetes.io/part-of": "softteacher"}},
+            "metadata": metadata,
             "spec": {
+                "activeDeadlineSeconds": deadline,
                 "runtimeRef": {"name": runtime.name, "kind": runtime.kind.value},
                 "trainer": trainer,
                 "runtimePatches": [

@@ -33,6 +33,7 @@ def load(folder: Path, name: str = "training") -> tuple[dict, dict]:
 
 OPTIONS = "--gpus 2 --gpu-type amd.com/gpu --memory 48Gi --cpu 12 --shm 16Gi --retries 3 --node-selector pool=gpu"
 OPTIONS += " --toleration amd.com/gpu=yes:NoSchedule --toleration spot:NoExecute --s3-secret s3-keys"
+OPTIONS += " --s3-region eu-central-1 --image-pull-secret registry --image-cache 40Gi"
 OPTIONS += " --s3-endpoint http://s3.example:8333 --train-image r.example/train:1 --tools-image r.example/tools:1"
 
 
@@ -72,7 +73,10 @@ def test_compiled_steps_have_images_resources_and_endpoint(compiled):
     assert (resources["resourceMemoryLimit"], resources["resourceCpuLimit"]) == ("48Gi", "12")
     for executor in executors.values():
         environment = {e["name"]: e["value"] for e in executor["env"]}
-        assert environment == {"AWS_ENDPOINT_URL_S3": "http://s3.example:8333", "SOFTTEACHER_IMAGE": executor["image"]}
+        assert environment == {
+            **{"AWS_ENDPOINT_URL_S3": "http://s3.example:8333", "AWS_DEFAULT_REGION": "eu-central-1"},
+            "SOFTTEACHER_IMAGE": executor["image"],
+        }
     assert not any("pip install" in part for v in executors.values() for part in v["command"])
 
 
@@ -84,16 +88,22 @@ def test_compiled_steps_have_nodes_shared_memory_and_secret(compiled):
         {"key": "amd.com/gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"},
         {"key": "spot", "operator": "Exists", "effect": "NoExecute"},
     ]
-    [mount] = training["emptyDirMounts"]
-    assert (mount["medium"], mount["mountPath"], mount["sizeLimit"]) == ("Memory", "/dev/shm", "16Gi")
-    assert "nodeSelector" not in executors["exec-gate"]
+    cache, shared = training["emptyDirMounts"]
+    assert (shared["medium"], shared["mountPath"], shared["sizeLimit"]) == ("Memory", "/dev/shm", "16Gi")
+    assert "HOME=/tmp " in (ROOT / "images" / "train.Dockerfile").read_text()
+    assert (cache.get("medium"), cache["mountPath"], cache["sizeLimit"]) == (None, "/tmp/.cache", "40Gi")
+    assert executors["exec-export"]["emptyDirMounts"] == [cache, shared]
+    assert not {"nodeSelector", "emptyDirMounts"} & executors["exec-gate"].keys()
     for executor in executors.values():
         # of the pod's own label: KFP replaces no placeholder in an environment
         run = {"name": "SOFTTEACHER_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
         assert executor["fieldPathAsEnv"] == [run]
-        [secret] = executor["secretAsEnv"]
-        assert secret["secretName"] == "s3-keys"
-        assert [k["envVar"] for k in secret["keyToEnv"]] == ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+        assert [secret["secretName"] for secret in executor["imagePullSecret"]] == ["registry"]
+        keys, token = executor["secretAsEnv"]
+        assert (keys["secretName"], token["secretName"]) == ("s3-keys", "s3-keys")
+        assert [k["envVar"] for k in keys["keyToEnv"]] == ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+        assert [k["envVar"] for k in token["keyToEnv"]] == ["AWS_SESSION_TOKEN"]
+        assert (keys.get("optional", False), token["optional"]) == (False, True)
 
 
 def steps(document: dict) -> dict[str, dict]:
@@ -102,11 +112,14 @@ def steps(document: dict) -> dict[str, dict]:
     return {name: t for name, t in tasks(document).items() if not t["componentRef"]["name"].startswith(groups)}
 
 
-def test_compiled_steps_retry_with_backoff(compiled):
+def test_compiled_steps_retry_with_backoff(compiled, tmp_path: Path, capsys):
+    """For as long as a run may take: in Argo the last number counts from the start of the first try."""
     assert len(steps(compiled[0])) == 11
-    for task in steps(compiled[0]).values():
-        assert task["retryPolicy"]["maxRetryCount"] == 3
-        assert task["retryPolicy"]["backoffDuration"] == "60s"
+    policy = {"maxRetryCount": 3, "backoffDuration": "60s", "backoffFactor": 2.0, "backoffMaxDuration": "2592000s"}
+    assert [task["retryPolicy"] for task in steps(compiled[0]).values()] == [policy] * 11
+    run(capsys, "compile", "--out", tmp_path, "--run-timeout", 1000)
+    longer = steps(load(tmp_path)[0])["train"]["retryPolicy"]["backoffMaxDuration"]
+    assert longer == "3600000s"
 
 
 @pytest.mark.parametrize(("flag", "cached"), [([], {"split"}), (["--no-cache"], set())])
@@ -205,7 +218,8 @@ def test_compiled_training_has_a_process_an_accelerator_and_checkpoints_of_its_o
 def test_compiled_training_on_many_nodes(tmp_path: Path, capsys):
     options = ["--gpus", 8, "--nodes", 2, "--checkpoints", "s3://b/checkpoints", "--s3-secret", "s3-keys"]
     options += ["--train-image", "r.example/train:1", "--tools-image", "r.example/tools:1", "--shm", "64Gi"]
-    options += ["--node-selector", "pool=gpu", "--toleration", "spot:NoExecute"]
+    options += ["--node-selector", "pool=gpu", "--toleration", "spot:NoExecute", "--image-pull-secret", "registry"]
+    options += ["--run-timeout", 48]
     code, _, err = run(capsys, "compile", "--out", tmp_path, *options)
     assert (code, err) == (0, "")
     components.load_component_from_file(str(tmp_path / "training_pipeline.yaml"))
@@ -214,6 +228,7 @@ def test_compiled_training_on_many_nodes(tmp_path: Path, capsys):
         given = constants(tasks(document)[name])
         assert (given["nodes"], given["processes"], given["shm"]) == (2, 8, "64Gi")
         assert given["image"] == "r.example/train:1"
+        assert (given["deadline"], given["pull_secrets"]) == (48 * 3600, ["registry"])
         assert "task_config" not in given  # KFP's driver fills it in
         component = document["components"][f"comp-train-nodes{suffix}"]
         assert component["inputDefinitions"]["parameters"]["task_config"]["parameterType"] == "TASK_CONFIG"
@@ -228,7 +243,9 @@ def test_compiled_training_on_many_nodes(tmp_path: Path, capsys):
         assert {"name": "SOFTTEACHER_IMAGE", "value": "r.example/train:1"} in container["env"]
         executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-train-nodes{suffix}"]
         assert executor["nodeSelector"] == {"labels": {"pool": "gpu"}}
-        assert [secret["secretName"] for secret in executor["secretAsEnv"]] == ["s3-keys"]
+        assert {secret["secretName"] for secret in executor["secretAsEnv"]} == {"s3-keys"}
+        fields = {variable["name"]: variable["fieldPath"] for variable in executor["fieldPathAsEnv"]}
+        assert fields == {"SOFTTEACHER_POD": "metadata.name", "SOFTTEACHER_POD_UID": "metadata.uid"}
         assert "emptyDirMounts" not in executor  # KFP would mount it here, not on the nodes
 
 

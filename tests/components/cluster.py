@@ -13,6 +13,8 @@ from kubeflow.common.types import KubernetesBackendConfig
 from kubeflow.trainer import TrainerClient
 from kubernetes.client import Configuration
 
+from tests.manifests import crds
+
 API = "/apis/trainer.kubeflow.org/v1alpha1"
 RUNTIME = {
     "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -160,6 +162,8 @@ class Cluster:
         if kind == "trainjobs":
             if method == "POST":
                 body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+                if wrong := crds.errors(body):
+                    return request.fail(422, f"TrainJob is invalid: {wrong}")
                 if body["metadata"]["name"] in self.jobs:
                     return request.fail(409, "already exists")
                 return request.answer(self.create(body).body, 201)

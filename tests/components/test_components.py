@@ -194,12 +194,15 @@ def test_train_nodes(library, tmp_path: Path, capsys, monkeypatch):
     dataset, model = artifact(dsl.Dataset, tmp_path, "dataset"), artifact(dsl.Model, tmp_path, "model")
     secret = {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "id"}}}
     tools = {"name": "SOFTTEACHER_IMAGE", "value": "r.example/tools:1"}
-    task = dsl.TaskConfig(node_selector={"pool": "gpu"}, env=[secret, tools])
+    monkeypatch.setenv("SOFTTEACHER_POD", "train-pod-7")
+    monkeypatch.setenv("SOFTTEACHER_POD_UID", "0-1-2")
+    pod = {"name": "SOFTTEACHER_POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+    task = dsl.TaskConfig(node_selector={"pool": "gpu"}, env=[secret, tools, pod])
     settings = ("soft_teacher", "demo", ["training.seed=7"])
     chosen = ("training.seed=7", "method.name=soft_teacher", "detector.init_from=s3://b/m", "training.new_share=0.4")
-    place = ("s3://b/ck", "0a1b", "train", "s3://b/m", 0.4, 8, 2, "r.example/train:1", "16Gi", task)
+    place = ("s3://b/ck", "0a1b", "train", "s3://b/m", 0.4, 8, 2, "r.example/train:1", "16Gi", 3600)
 
-    train_nodes.train_nodes.python_func(dataset, *settings, *place, model)
+    train_nodes.train_nodes.python_func(dataset, *settings, *place, ["registry"], task, model)
 
     double.assert_called_once_with(
         *(client.return_value, dataset.path, model.path, "s3://b/ck/0a1b/train"),
@@ -209,6 +212,9 @@ def test_train_nodes(library, tmp_path: Path, capsys, monkeypatch):
         processes=8,
         shm="16Gi",
         task=task,
+        deadline=3600,
+        owner={"name": "train-pod-7", "uid": "0-1-2"},
+        pull_secrets=["registry"],
     )
     assert model.metadata["metrics"] == {"teacher": {"AP": 0.5}}
     assert task.env == [

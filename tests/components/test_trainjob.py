@@ -39,6 +39,7 @@ TASK = dsl.TaskConfig(
     volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": "images"}}],
     volume_mounts=[{"name": "data", "mountPath": "/data"}],
 )
+OWNER = {"name": "train-pod-7", "uid": "0a1b2c3d-0000-4000-8000-000000000000"}
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch):
 
 
 def build(cluster: Cluster, prefix: str = PREFIX, command: list[str] | None = None, **changes: Any):
-    arguments = {"image": "r.example/train:1", "nodes": 2, "shm": "16Gi", "task": TASK} | changes
+    arguments = {"image": "r.example/train:1", "nodes": 2, "shm": "16Gi", "task": TASK, "deadline": 7200} | changes
     return trainjob.build(
         command or trainjob.train_command(prefix, ["--preset", "demo"], 4),
         name=trainjob.job_name(prefix),
@@ -87,10 +88,12 @@ def test_job_fits_the_published_schema(cluster):
     schema = crd("trainjobs")
     schema.validate(job)
     schema.validate(build(cluster, task=dsl.TaskConfig()).to_dict())
+    schema.validate(build(cluster, owner=OWNER, pull_secrets=["registry"]).to_dict())
     # this test would notice a misspelt field, a wrong type and a missing name
     for path, value in (
         (("trainer", "numNode"), 2),
         (("trainer", "numNodes"), "2"),
+        (("activeDeadlineSeconds",), 0),
         (("runtimeRef",), {"kind": "ClusterTrainingRuntime"}),
     ):
         broken = copy.deepcopy(job)
@@ -129,6 +132,17 @@ def test_job_has_what_the_task_has(cluster):
     assert container["name"] == "node"
     assert container["volumeMounts"] == [*TASK.volume_mounts, {"name": "shm", "mountPath": "/dev/shm"}]
     assert "env" not in container  # Trainer's webhook refuses it here
+    assert "imagePullSecrets" not in pod
+
+
+def test_job_ends_without_the_step_that_made_it(cluster):
+    """Whose pod may be killed or lost: by its deadline, and by Kubernetes' garbage collection with that pod."""
+    job = build(cluster, owner=OWNER, pull_secrets=["registry"]).to_dict()
+    assert job["spec"]["activeDeadlineSeconds"] == 7200
+    assert job["metadata"]["ownerReferences"] == [{"apiVersion": "v1", "kind": "Pod", **OWNER}]
+    [patch] = job["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    assert node["template"]["spec"]["template"]["spec"]["imagePullSecrets"] == [{"name": "registry"}]
 
 
 def test_name_is_one_for_each_training():
@@ -293,7 +307,8 @@ def test_the_roles_of_the_manifests_are_enough(cluster):
 
 
 def train(cluster: Cluster, manifests: Path, out: Path, prefix: str, settings: list[str], **changes: Any):
-    arguments = {"image": "r.example/train:1", "nodes": 2, "processes": 1, "shm": "1Gi", "task": TASK} | changes
+    arguments = {"image": "r.example/train:1", "nodes": 2, "processes": 1, "shm": "1Gi", "task": TASK, "deadline": 7200}
+    arguments |= changes
     return trainjob.train_on_nodes(cluster.client(), str(manifests), str(out), prefix, settings, **arguments)
 
 
@@ -301,14 +316,18 @@ def test_manifests_and_model_pass_through_s3(cluster, s3, manifests: Path, tmp_p
     def nodes(job: Job) -> None:
         command = job.body["spec"]["trainer"]["command"]
         labeled, out = command[command.index("--labeled") + 1], command[command.index("--out") + 1]
+        assert job.body["metadata"]["ownerReferences"][0]["uid"] == OWNER["uid"]
+        assert "registry" in str(job.body["spec"]["runtimePatches"])
         assert storage.read_bytes(labeled) == (manifests / "labeled.json").read_bytes()
         for name in ("metrics.json", "provenance.json"):
             storage.write_bytes(storage.join(out, name), b'{"teacher": {"AP": 0.5}}')
         job.end("Complete")
 
     cluster.controller = nodes
+    cluster_knows = {"owner": OWNER, "pull_secrets": ["registry"]}
     for attempt in (1, 2):
-        assert train(cluster, manifests, tmp_path / str(attempt), f"{s3}/run/train", []) == {"teacher": {"AP": 0.5}}
+        out = tmp_path / str(attempt)
+        assert train(cluster, manifests, out, f"{s3}/run/train", [], **cluster_knows) == {"teacher": {"AP": 0.5}}
         assert (tmp_path / str(attempt) / "provenance.json").exists()
     # the second try found the model
     assert cluster.calls == ["create trainjobs", "delete trainjobs"]

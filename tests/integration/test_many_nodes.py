@@ -121,7 +121,7 @@ def test_two_processes_in_the_sdks_local_back_end_are_lost_and_two_nodes_go_on(
     assert trainjob.follow(client, name).status == "Failed"
     assert "2 x cpu" in capsys.readouterr().out
 
-    place = {"image": "r.example/train:1", "nodes": 2, "processes": 1, "shm": "1Gi"}
+    place = {"image": "r.example/train:1", "nodes": 2, "processes": 1, "shm": "1Gi", "deadline": 3600}
     task, out = dsl.TaskConfig(env=access()), tmp_path / "model"
     with Cluster() as cluster:
         cluster.controller = nodes_of_this_machine

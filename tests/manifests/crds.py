@@ -3,7 +3,7 @@
     python -m tests.manifests.crds CRD.yaml ...
 
 makes them from the CustomResourceDefinitions that these projects publish (Apache-2.0): prometheus-operator 0.93
-(PrometheusRule, ServiceMonitor), KServe (InferenceService), Kubeflow Trainer (TrainingRuntime). Left out are
+(PrometheusRule, ServiceMonitor), KServe (InferenceService), Kubeflow Trainer (TrainingRuntime, TrainJob). Left out are
 descriptions, status, KServe's ready-made servers (so that they count as unknown), and rules in CEL, which only an API
 server checks. Pods and containers, most of the bulk, are taken from Kubernetes' own schemas, in kubernetes-validate.
 """

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.manifests.conftest import MANIFESTS, Documents, one
+from tests.manifests.conftest import MANIFESTS, Documents, one, pods
 
 KUBEFLOW = {"kubernetes.io/metadata.name": "kubeflow"}
 MODELS = {"kubernetes.io/metadata.name": "models"}
@@ -31,12 +31,21 @@ def matches(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:
     )
 
 
+def egress(policies: Documents, pod: dict[str, str]) -> list[dict[str, Any]]:
+    """The rules by which a pod of `models` reaches others, as Kubernetes reads the policies."""
+    selecting = [p["spec"] for p in policies if p["kind"] == "NetworkPolicy" and matches(p["spec"]["podSelector"], pod)]
+    closed = [policy for policy in selecting if "Egress" in policy["policyTypes"]]
+    assert closed, "it reaches all"
+    return [rule for policy in closed for rule in policy.get("egress", [])]
+
+
 def reached(policies: Documents, to: dict[str, str], namespace: dict[str, str], pod: dict[str, str]) -> set[int]:
     """The ports of a pod in `models` that a pod gets through to, as Kubernetes reads the policies."""
     selecting = [p["spec"] for p in policies if matches(p["spec"]["podSelector"], to)]
-    assert any("Ingress" in policy["policyTypes"] for policy in selecting), "open to all"
+    closed = [policy for policy in selecting if "Ingress" in policy["policyTypes"]]
+    assert closed, "open to all"
     found: set[int] = set()
-    for rule in (rule for policy in selecting for rule in policy.get("ingress", [])):
+    for rule in (rule for policy in closed for rule in policy.get("ingress", [])):
         for peer in rule["from"]:
             there = namespace == MODELS
             if "namespaceSelector" in peer:
@@ -83,16 +92,24 @@ def test_who_reaches_whom(
 
 @pytest.mark.parametrize("name", ["overlays/gpu", "overlays/kserve"])
 def test_triton_in_production_reaches_s3_and_names_only(built: dict[str, Documents], name: str) -> None:
-    names, s3 = one(built[name], "NetworkPolicy", "triton")["spec"]["egress"]
+    names, s3 = egress([one(built[name], "NetworkPolicy", "triton")], TRITON)
     assert {port["port"] for port in names["ports"]} == {53}
     assert s3["ports"] == [{"port": 443}]
     assert s3["to"] == [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}]
-    one(built[name], "NetworkPolicy", "default-deny")
+    assert egress(built[name], TRITON) == [names, s3]
+
+
+@pytest.mark.parametrize("name", ["overlays/dev", "overlays/gpu", "overlays/kserve"])
+def test_nothing_gets_in_or_out_that_no_policy_names(built: dict[str, Documents], name: str) -> None:
+    """Both ways by itself: by the namespace's policy for all pods, and by those of Triton and the store without it."""
+    policies = {d["metadata"]["name"]: d["spec"] for d in built[name] if d["kind"] == "NetworkPolicy"}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert {tuple(policy["policyTypes"]) for policy in policies.values()} == {("Ingress", "Egress")}
 
 
 def test_the_store_of_dev_reaches_nobody(built: dict[str, Documents]) -> None:
-    assert one(built["overlays/dev"], "NetworkPolicy", "seaweedfs")["spec"]["egress"] == []
-    _, s3 = one(built["overlays/dev"], "NetworkPolicy", "triton")["spec"]["egress"]
+    assert egress([one(built["overlays/dev"], "NetworkPolicy", "seaweedfs")], STORE) == []
+    _, s3 = egress([one(built["overlays/dev"], "NetworkPolicy", "triton")], TRITON)
     assert s3 == {"to": [{"podSelector": {"matchLabels": STORE}}], "ports": [{"port": 8333}]}
 
 
@@ -101,7 +118,7 @@ def test_triton_gets_through_to_the_store_that_it_is_told(built: dict[str, Docum
     (config,) = (
         d["data"] for d in built[name] if d["kind"] == "ConfigMap" and d["metadata"]["name"].startswith("triton")
     )
-    _, s3 = one(built[name], "NetworkPolicy", "triton")["spec"]["egress"]
+    _, s3 = egress(built[name], TRITON)
     assert urlsplit(config["AWS_ENDPOINT_URL_S3"]).port in {port["port"] for port in s3["ports"]}
 
 
@@ -127,6 +144,7 @@ def test_leave_of_the_steps(built: dict[str, Documents]) -> None:
         ("get /secrets", "s3-credentials,mlpipeline-minio-artifact"),
         *((f"{verb} /pods", "") for verb in ("get", "list", "watch")),
         *((f"{verb} argoproj.io/workflowtaskresults", "") for verb in ("create", "patch")),
+        ("get pipelines.kubeflow.org/runs", ""),
     }
 
 
@@ -166,6 +184,9 @@ def test_leave_to_train_on_many_nodes(
     }
     assert ("get trainer.kubeflow.org/trainingruntimes", runtime["metadata"]["name"]) in rights(role)
     assert "*" not in str(role["rules"])
+    # a multi-user Kubeflow would give each node a sidecar, behind which they don't find one another
+    [(labels, _)] = pods([runtime])
+    assert labels["sidecar.istio.io/inject"] == "false"
 
 
 def test_the_sdk_takes_the_runtime(trainer: dict[str, Documents]) -> None:

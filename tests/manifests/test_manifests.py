@@ -71,7 +71,7 @@ def test_schemas_would_notice(built: dict[str, Documents], name: str, kind: str)
 
 def test_schemas_are_the_published_ones() -> None:
     files = sorted(crds.FOLDER.glob("*.json"))
-    assert len(files) == 4
+    assert len(files) == 5
     folder = SHARED / "reference" / "schemas"
     if not folder.is_dir():
         pytest.skip("the published CustomResourceDefinitions are not here")
@@ -191,6 +191,14 @@ def test_what_was_live_comes_back_after_a_restart(built: dict[str, Documents]) -
         assert {
             *("--model-control-mode=explicit", "--load-model=*", "--exit-on-error=false", "--strict-readiness=false")
         } <= set(triton["args"])
+
+
+def test_in_production_triton_is_a_release_without_known_holes(built: dict[str, Documents]) -> None:
+    for name in ("overlays/gpu", "overlays/kserve"):
+        [image] = {
+            c["image"] for _, pod in pods(built[name]) for c in pod["containers"] if c["image"].startswith("nvcr.io/")
+        }
+        assert tuple(map(int, re.findall(r":(\d+)\.(\d+)-py3$", image)[0])) >= (25, 8)
 
 
 def test_one_replica_without_followers(built: dict[str, Documents]) -> None:

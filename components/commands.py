@@ -1,6 +1,7 @@
 """The command line of the pipelines; its options are the pipelines' parameters and `ClusterOptions`."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -173,6 +174,9 @@ def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
     from softteacher.serving.places import check_registry
     from softteacher.serving.repository import REFERENCE_ENGINE, Runtime
 
+    for key, value in parameters.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be a finite number")
     settings = load_settings(parameters["preset"], [*parameters["overrides"], f"method.name={parameters['method']}"])
     check_name(parameters["name"])
     check_registry(parameters["registry"], parameters["repository"])

@@ -61,6 +61,7 @@ def test_submit(kfp: KfpServer, package: Path, capsys):
         (["--triton-engine", "openvino-bf16", "--triton-backend", "python", "--triton-gpu"], "does not run on GPUs"),
         (["--name", "cards.v2"], "--name cards.v2: only letters, digits, - and _"),
         (["--name", "cards-canary"], "--name cards-canary: names with that ending are taken"),
+        (["--gate-delta", "nan"], "--gate-delta nan: must be a finite number"),
         (["--registry", "s3://models/triton/registry"], "is in Triton's repository"),
         (["--unlabeled", "stream"], "--unlabeled stream: no pod sees it; write s3://bucket/prefix"),
     ],

@@ -210,7 +210,7 @@ def _previous(target: Deployment, keep: int) -> list[int]:
 
 
 def _of_run(target: Deployment, run: str, sha256: str) -> dict[str, Any]:
-    """The facts of what a run has deployed, since Kubeflow tries a step again that may have done its work; none if nothing.
+    """The facts of what a run has deployed, none if nothing: Kubeflow may try again a step that has done its work.
 
     Raises:
         UserError: it has, and that version was rolled back.

@@ -218,7 +218,7 @@ def test_bf16_keeps_the_first_layers_in_fp32_where_it_loses_too_much(
     detector, served, canvases = both
     loaded = []
 
-    def load(path, engine="onnxruntime", precision="fp32", *, fp32_until=""):
+    def load(path, engine="onnxruntime", precision="fp32", *, fp32_until="", threads=0):
         loaded.append(fp32_until)
         return served.run
 

@@ -16,8 +16,8 @@ SOURCE ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's,^((https?|s
 BUILD_ARGS ?=
 IMAGES := image-train image-tools image-triton
 # what the images are called; a name of its own for each build that goes to a cluster: docs/kubeflow.md
-REPOSITORY ?= softteacher
-TAG ?= $(VERSION)
+REPOSITORY := softteacher
+TAG = $(VERSION)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' softteacher/__init__.py)
 
 .PHONY: help venv demo test test-browser test-docker lint manifests-check images $(IMAGES) clean

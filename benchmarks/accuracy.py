@@ -160,9 +160,13 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
         earlier = result["settings"]
         earlier["method"]["label_model"] = None
         if any({**defaults[group], **earlier[group]} != {**defaults[group], **settings[group]} for group in settings):
-            raise UserError(f"{file}: is of other settings; delete it to run {title} again, or take another --name")
+            raise UserError(
+                f"{file}: is of other settings; delete it and {out} to run {title} again, or take another --name"
+            )
         if result.get("data") != a.source:
-            raise UserError(f"{file}: is of other data; delete it to run {title} again, or take another --name")
+            raise UserError(
+                f"{file}: is of other data; delete it and {out} to run {title} again, or take another --name"
+            )
         return
     if name != "supervised_full":  # it has other labels
         overrides.append(f"method.burn_in_cache={data / 'burn_in'}")

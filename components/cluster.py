@@ -63,7 +63,7 @@ class ClusterOptions:
     checkpoints: str = ""
     cpu: str = "8"
     memory: str = "32Gi"
-    tools_cpu: str = "2"
+    tools_cpu: str = "4"
     tools_memory: str = "8Gi"
     shm: str = "8Gi"
     image_cache: str = "24Gi"

@@ -109,7 +109,10 @@ def _add_pipeline(groups: Mapping[str, typer.Typer], name: str, build: Build) ->
         ] = None,
         **parameters: Any,
     ) -> None:
+        from softteacher.serving.places import check_repository
+
         checked = _checked(parameters)
+        check_repository(checked["repository"])
         if outputs:
             storage.write_bytes(outputs, b"{}")  # can it be written? that is better known before hours of work
         text = json.dumps(run_local(local, checked, pipeline_root, runner), indent=1)

@@ -248,13 +248,6 @@ class TrainingSettings(_Group):
     keep_checkpoints: int = Field(2, ge=1, le=100, description="checkpoints that are kept")
     evaluate_batch: int = Field(4, ge=1, description="images per batch in evaluation")
 
-    @field_validator("lr_steps")
-    @classmethod
-    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 < share <= 1 for share in value):
-            raise ValueError("these are shares of training.iterations, each above 0 and at most 1, e.g. [0.67, 0.89]")
-        return value
-
 
 class ExportSettings(_Group):
     """The ONNX file."""
@@ -328,7 +321,14 @@ def load_settings(preset: str | None = None, overrides: Iterable[str] = ()) -> S
             tree.setdefault(group, {}).update(values)
     for group, values in read_overrides(overrides, _keys()).items():
         tree.setdefault(group, {}).update(values)
-    return _validated(tree, "settings")
+    settings = _validated(tree, "settings")
+    # not of a model's settings: it may be older than this, and its steps are done
+    if odd := [share for share in settings.training.lr_steps if not 0 < share <= 1]:
+        raise UserError(
+            f"settings: training.lr_steps = {odd}: these are shares of training.iterations, each above 0 and at most "
+            "1, e.g. [0.67, 0.89]"
+        )
+    return settings
 
 
 def change_settings(settings: Settings, overrides: Iterable[str]) -> Settings:

@@ -24,6 +24,7 @@ from softteacher.errors import MissingFile, UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter would be a drive of Windows
 _LAST = {"provenance.json", "pending.json"}  # they tell that the files beside them are whole
+FEW = 16  # files that are copied without a word
 _PART = ".part"  # end of the name of a file that is being written
 _SCRATCH = ".softteacher-"  # begin of the name of a folder that is being written
 
@@ -329,15 +330,16 @@ def _publish(folder: Path, uri: str | Path) -> None:
         for name in _shown(names, "upload"):
             _copy_file(folder / name, join(uri, name))
         return
+    root = os.path.realpath(uri)
     for name in names:
-        target = Path(os.path.realpath(uri), name)
+        target = Path(root, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / name).replace(target)
 
 
 def _shown(names: list[str], title: str) -> Iterable[str]:
-    """The names; of more than one with a progress bar."""
-    return track(names, title, len(names)) if len(names) > 1 else names
+    """The names; of more than a few with a progress bar, which in a log is a line."""
+    return track(names, title, len(names)) if len(names) > FEW else names
 
 
 def _copy_file(source: str | Path, target: str | Path) -> None:

@@ -4,13 +4,15 @@ import inspect
 import os
 import platform
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from filelock import FileLock
 
+from softteacher import cli
 from softteacher.config import load_settings
 from softteacher.data.split import split
 from softteacher.demo.digits import make_digits
@@ -21,6 +23,7 @@ from tests.hand_server import HandServer, hand_server
 from tests.samples import TINY
 
 Shared = Callable[[str, Callable[[Path], object]], Path]
+Command = Callable[..., tuple[int, str, list[str]]]
 
 
 class TritonServer(NamedTuple):
@@ -59,6 +62,12 @@ def s3(object_store: ObjectStore) -> Iterator[str]:
         for entry in page.get("Contents", []):
             client.delete_object(Bucket=name, Key=entry["Key"])
     client.delete_bucket(Bucket=name)
+
+
+@pytest.fixture(params=["local", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place to work in."""
+    return f"{request.getfixturevalue('s3')}/base" if request.param == "s3" else str(tmp_path / "base")
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +130,20 @@ def trained(manifests: Path, shared: Shared) -> Path:
 def exported(trained: Path, shared: Shared) -> Path:
     """The onnx folder of `trained`."""
     return shared("exported", lambda folder: export(str(trained), str(folder)))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command of the command line; returns exit code, standard output and the lines of standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["softteacher", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code or 0
+        out, err = capsys.readouterr()
+        return code, out, [line for line in err.splitlines() if "[###" not in line]
+
+    return call

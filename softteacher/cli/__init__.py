@@ -18,8 +18,6 @@ from softteacher.cli import data, demo, evaluation, registry, serving, training
 from softteacher.cli.options import refuse_blank
 from softteacher.errors import UserError
 
-SEE_TO_SIGTERM = {"train", "demo", "follow"}  # themselves
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -36,7 +34,7 @@ for group in (data, training, evaluation, serving, registry, demo):
 
 def main() -> None:
     """Entry point: runs a command and turns errors into exit codes."""
-    before = None if SEE_TO_SIGTERM & set(sys.argv[1:2]) else signal.signal(signal.SIGTERM, _end)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except UserError as e:
@@ -58,8 +56,7 @@ def main() -> None:
         print(f"internal error: {trace.strip().splitlines()[-1]} ({where}; please report it)", file=sys.stderr)
         sys.exit(1)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(number: int, _: FrameType | None) -> None:

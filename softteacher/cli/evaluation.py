@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from softteacher.choices import Weights
-from softteacher.cli.options import Parts, SetLater, ShardText, print_facts, read_shard
+from softteacher.cli.options import Parts, SetLater, ShardText, finite, print_facts, read_shard
 
 app = typer.Typer()
 
@@ -97,7 +97,9 @@ def watch(
     since: Annotated[str, typer.Option(help="First day, 2026-11-01 (UTC), or days back.")] = "7d",
     until: Annotated[str | None, typer.Option(help="Last day, likewise; by default today.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for report.html, drift.json and profile.json.")] = None,
-    threshold: Annotated[float, typer.Option(min=0, help="Population stability index that is drift.")] = 0.25,
+    threshold: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Population stability index that is drift.")
+    ] = 0.25,
     min_images: Annotated[int, typer.Option(min=1, help="Of fewer, retraining isn't advised.")] = 200,
     metrics_file: Annotated[str | None, typer.Option(help="A .prom file for node_exporter.")] = None,
     push_gateway: Annotated[str | None, typer.Option(help="URL of a Prometheus pushgateway.")] = None,

@@ -146,7 +146,7 @@ def predict(
     out: Annotated[str | None, typer.Option(help="Folder or s3:// prefix for pictures with boxes.")] = None,
     form: Annotated[Format, typer.Option("--format", help="How the answers are written.")] = "table",
     output: Annotated[str | None, typer.Option(help="File for them, local or s3://, instead of the screen.")] = None,
-    score: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that is shown.")] = 0.3,
+    score: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Lowest score that is shown.")] = 0.3,
     record: Annotated[str | None, typer.Option(help="Folder or s3:// prefix to count them in, for `watch`.")] = None,
     shard: ShardText = None,
     join: Parts = None,

@@ -111,7 +111,7 @@ def commit(state: str, pending: str, *, accepted: bool, run: str = "") -> dict[s
     where = storage.join(pending, "pending.json")
     raw = storage.read_bytes(where)
     table = storage.join(pending, "pending.npz")
-    changes = ImageTable.load(table)
+    content = storage.read_bytes(table)
     digest = hashlib.sha256(raw).hexdigest()
     try:
         tree = json.loads(raw)
@@ -120,8 +120,9 @@ def commit(state: str, pending: str, *, accepted: bool, run: str = "") -> dict[s
         expected = tree["table_sha256"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{where}: torn, or not ours; run `softteacher collect` again") from None
-    if hashlib.sha256(storage.read_bytes(table)).hexdigest() != expected:
+    if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{table}: not of the round of pending.json beside it; run `softteacher collect` again")
+    changes = ImageTable.from_bytes(content, table)
     now = State.read(state)
     if now.pending != digest:
         if now.pending != after:

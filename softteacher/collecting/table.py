@@ -111,8 +111,17 @@ class ImageTable:
         Raises:
             UserError: it isn't there, or isn't whole.
         """
+        return cls.from_bytes(storage.read_bytes(uri), uri)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, uri: str) -> ImageTable:
+        """What `to_bytes` made; `uri` is where it is from, for errors.
+
+        Raises:
+            UserError: it isn't whole.
+        """
         try:
-            with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 columns: list[Any] = [file[f.name] for f in fields(cls)]
             for n in range(3):  # the texts
                 columns[n] = json.loads(columns[n].tobytes())

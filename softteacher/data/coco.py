@@ -276,7 +276,9 @@ def find_images(source: str, images: list[ImageRecord]) -> str:
     places = [f"{base}/images/{split}", f"{base}/images", f"{base}/{split}", base, f"{folder}/images", folder]
     some = [images[n] for n in spread(len(images))]
     for place in places:
-        if not images or any(storage.exists(storage.join(place, i.file_name)) for i in some):
+        if not images or (
+            storage.exists(place) and any(storage.exists(storage.join(place, i.file_name)) for i in some)
+        ):
             return place or "/"
     raise UserError(f"{source}: its images are not found (looked in {', '.join(places)}); put them into {places[1]}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,14 +122,6 @@ def parse_images(source: str, rows: list[dict[str, Any]], labeled: set[int]) -> 
     images.sort(key=lambda i: i.id)
     if twice := _duplicate([i.id for i in images]):
         raise UserError(f"{source}: image id {twice[0]} occurs twice; make the ids unique")
-    files: dict[tuple[str | None, str], int] = {}
-    for image in images:
-        # listed twice, a file would be labelled here and validated on there
-        if (other := files.setdefault((image.root, posixpath.normpath(image.file_name)), image.id)) != image.id:
-            raise UserError(
-                f"{source}: images {other} and {image.id} are one file, {image.file_name!r}; merge them: one image, "
-                "with the boxes of both"
-            )
     return images
 
 

@@ -72,6 +72,13 @@ def split(
         if storage.place(source) in written:
             raise UserError(f"--out {out}: a part would replace {source}, which is the data; choose another folder")
     train = load_coco(train_json)
+    seen: dict[str, int] = {}
+    for image, where in zip(train.images, _places(train), strict=True):
+        if (other := seen.setdefault(where, image.id)) != image.id:
+            raise UserError(
+                f"{train_json}: images {other} and {image.id} are one file, {image.file_name!r}, which could be "
+                "labelled here and validated on there; merge them: one image, with the boxes of both"
+            )
     sources = {train_json: hashlib.sha256(storage.read_bytes(train_json)).hexdigest()}
     if validation_fraction is not None:
         order = _order(train, seed, "validation")

@@ -268,7 +268,10 @@ def _refuse_corrected(out: str) -> None:
         return
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{where}: was changed since it was written, and the corrections would go; choose another --out")
+    raise UserError(
+        f"{where}: is not as `softteacher rank` writes it, and what was corrected would go; move it, or choose another "
+        "--out"
+    )
 
 
 def _add_image(

@@ -90,10 +90,12 @@ def catch_up(repository: str, triton: str, timeout: float = TIMEOUT) -> dict[str
     Raises:
         UserError: repository or Triton can't be reached, or the repository isn't there.
     """
-    check_repository(repository)
+    names = _deployed(repository)
+    if not names:
+        check_repository(repository)
     problems = {}
     with closing(connect(triton, timeout)) as server:
-        for name in _deployed(repository):
+        for name in names:
             wanted = set()
             try:
                 for model, version, config in _live(repository, name):

@@ -54,8 +54,8 @@ def watch(
         `min_images`.
 
     Raises:
-        UserError: bad input, nothing was ever recorded at `live`, or in that time of other models than `name` only,
-            `out` is the reference, or the metrics can't be delivered.
+        UserError: bad input, nothing was ever recorded at `live`, `out` is the reference, or the metrics can't be
+            delivered.
     """
     base = read_reference(reference, out)
     first, last = _day(since, "--since"), _day(until or "0d", "--until")
@@ -64,9 +64,7 @@ def watch(
     groups = read_traffic(live, first, last)
     names = sorted({n for n, _ in groups})
     if name and names and name not in {base.name, *names}:  # a typo would never alarm
-        raise UserError(
-            f"{live}: no traffic of {name} from {first} to {last}, but of {', '.join(names)}; check --name, or --since"
-        )
+        say(f"warning: {live}: no traffic of {name} from {first} to {last}, but of {', '.join(names)}; check --name")
     traffic = _choose(groups, live, name or base.name, None if all_versions else version or base.version, all_versions)
     # without any traffic in that time there is still something to report: no images
     traffic = traffic or TrafficProfile(base.classes, name or base.name, version or base.version, base.min_score)

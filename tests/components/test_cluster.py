@@ -13,7 +13,7 @@ LITTLE = ("0.2", "512Mi")
 
 @pytest.mark.parametrize(
     ("options", "limits", "requests"),
-    [([], ("2", "8Gi"), ("250m", "1Gi")), (["--tools-cpu", LITTLE[0], "--tools-memory", LITTLE[1]], LITTLE, LITTLE)],
+    [([], ("4", "8Gi"), ("250m", "1Gi")), (["--tools-cpu", LITTLE[0], "--tools-memory", LITTLE[1]], LITTLE, LITTLE)],
 )
 def test_small_steps_have_limits_and_reserve_less(tmp_path: Path, options, limits, requests):
     """A quota asks every pod for both limits; what is requested, by default the limits, the scheduler keeps free."""

@@ -95,7 +95,6 @@ def test_no_coco_json(tmp_path, text, message):
             for key in ("width", "height")
             for v in (MISSING, None, "32", 0, -5, True, 32.0, math.nan, 10**30)
         ),
-        *((image("file_name", v), "images 2 and 3 are one file, '.*2.png'; merge") for v in ("2.png", ".//2.png")),
         (image("new", "yes"), "image 3: 'new' is 'yes'; it must be true or false"),
         *((image("root", v), "image 3: 'root' is .*absolute") for v in ([1], "..", "", 5)),
         *((annotation("id", v), "annotation at position 4") for v in (MISSING, None, True, "3", [1], 10**30, 9.5)),

@@ -273,3 +273,13 @@ def test_images_only(tmp_path):
         (tmp_path / name).touch()
     found = images_only(str(tmp_path))
     assert [(i.id, i.file_name) for i in found.images] == [(1, "a/z.jpeg"), (2, "b.PNG"), (3, "ü.webp")]
+
+
+@pytest.mark.parametrize("name", ["2.png", ".//2.png"])
+def test_a_file_under_two_ids(tmp_path, name):
+    tree = coco_tree(8)
+    tree["images"][2]["file_name"] = name
+    write_coco(tmp_path / "set", tree)
+    with pytest.raises(UserError, match=r"images 2 and 3 are one file, '.*2\.png', which could be labelled here"):
+        split(str(tmp_path / "set"), str(tmp_path / "out"), percent=50)
+    assert not (tmp_path / "out").exists()

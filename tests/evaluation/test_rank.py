@@ -234,7 +234,7 @@ def test_corrections_are_not_replaced(trained, painted, labels, tmp_path):
     tree["annotations"].pop()
     for corrected in (tree, {key: tree[key] for key in ("images", "annotations", "categories")}, []):
         write_json(file, corrected)
-        with pytest.raises(UserError, match=r"to_label\.json: was changed since it was written"):
+        with pytest.raises(UserError, match=r"to_label\.json: is not as `softteacher rank` writes it"):
             rank(str(trained), str(painted), out, labeled=labels, top=2)
         assert json.loads(file.read_text()) == corrected
 

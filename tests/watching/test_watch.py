@@ -1,6 +1,7 @@
 """`watch` over what recorders wrote: which traffic, the report, the metrics, and the command."""
 
 import json
+import re
 import sys
 import threading
 from datetime import UTC, date, datetime, timedelta
@@ -120,8 +121,9 @@ def test_which_model_and_version(reference, tmp_path, capsys):
     assert watch(reference, live, name="cards", version="11")["images"] == 0
     facts = watch(reference, live, name="cards", all_versions=True)
     assert (facts["version"], facts["images"]) == ("", 8)
-    with pytest.raises(UserError, match=r"no traffic of crads from .*, but of cards, digits; check --name, or --since"):
-        watch(reference, live, name="crads")
+    capsys.readouterr()
+    assert watch(reference, live, name="crads")["images"] == 0  # a model may have a quiet week
+    assert re.search("warning: .*no traffic of crads from .*, but of cards, digits; check", capsys.readouterr().err)
     assert watch(reference, live, name="digits", since="5d", until="4d")["images"] == 0  # nobody has any
 
 

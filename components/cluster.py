@@ -107,6 +107,8 @@ class ClusterOptions:
             raise UserError(f"--pipeline-root {self.pipeline_root}: write a prefix such as s3://bucket/kfp")
         self.parsed_selector()
         self.parsed_tolerations()
+        if not all(secret.strip() for secret in self.image_pull_secrets):
+            raise UserError("--image-pull-secret: is empty; give the name of a secret, or leave it out")
 
     def longest(self) -> int:
         """Seconds that a run may take."""

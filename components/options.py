@@ -38,10 +38,9 @@ def options_of(
     options = []
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         text = " ".join(described[name].split()).rstrip(".")
-        # an optional text may be empty, which is none; of a list no element
-        full = parameter.default is parameter.empty or isinstance(parameter.default, tuple | list)
+        required = parameter.default is parameter.empty  # an optional one may be empty, which is none
         flag = [flags[name]] if flags and name in flags else []
-        option = typer.Option(*flag, help=text, callback=not_blank if full else None)
+        option = typer.Option(*flag, help=text, callback=not_blank if required else None)
         kind = (types or {}).get(name, parameter.annotation)
         # by keyword only: one without a default may then follow one with
         options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option]))

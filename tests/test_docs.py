@@ -85,7 +85,7 @@ def check_make(words: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for word in words:
         name, equal, value = word.partition("=")
-        assert re.search(rf"^{name} \?=" if equal else rf"^{name}:", makefile, flags=re.M), word
+        assert re.search(rf"^{name} [?:]?=" if equal else rf"^{name}:", makefile, flags=re.M), word
         if name == "SET":
             load_settings(None, value.split())
 

@@ -336,6 +336,7 @@ def test_many_nodes_need_a_prefix_on_s3(tmp_path: Path, capsys, checkpoints):
         ],
         ("--checkpoints", "models/checkpoints"),
         ("--pipeline-root", "bucket/kfp"),
+        ("--image-pull-secret", " "),
     ],
 )
 def test_compile_refuses_in_one_line(tmp_path: Path, capsys, flag, value):

@@ -354,7 +354,7 @@ def test_labelled_images_to_validate_on(manifests, tmp_path, capsys, monkeypatch
     tree = json.loads((manifests / "labeled.json").read_text())
     tree["softteacher"]["root"] = f"{tmp_path}/link/images"
     same = write_json(tmp_path / "same.json", tree)
-    run(manifests, tmp_path / "m", "method.name=supervised", validation=same)
+    run(manifests, tmp_path / "all", "method.name=supervised", validation=same)
     assert re.search(r"same\.json: 6 of its 6 images are in .*labeled\.json, too: they are", capsys.readouterr().err)
     root = load_coco(manifests / "validation.json").root
     tree["images"][2:] = [

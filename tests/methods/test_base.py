@@ -82,6 +82,8 @@ def test_without_reliability_the_classification_is_the_mean_teachers(monkeypatch
 def test_boxes_of_the_regression_meet_their_own_deltas(monkeypatch):
     """A head that refines each RoI to its object, and no other, has no loss."""
     chosen, _ = taught(monkeypatch, two_stage.method, "method.box_jitter=false")
+    both = [BOXES, BOXES.flip(0)]  # one image's deltas don't fit the other's RoIs
+    two_stage.believe(chosen, monkeypatch, both, [0.95, 0.95, 0.95, 0.95], [0, 1, 2, 0])
     real, seen = chosen.student.box_head, []
 
     def head(features, rois):

@@ -96,7 +96,7 @@ def test_boxes_of_the_regression_meet_their_own_deltas(monkeypatch):
     monkeypatch.setattr(chosen.student, "box_head", head)
     near = IN_STRONG + torch.tensor([2.0, -1, 1, 2])
     monkeypatch.setattr(
-        chosen.student, "proposals", lambda rpn, sizes, training: (near.expand(2, 4, 4), torch.ones(2, 4))
+        chosen.student, "proposals", lambda rpn, sizes, training: (torch.stack([near, near.flip(0)]), torch.ones(2, 4))
     )
     losses, _ = chosen.losses(replace(moved_batch(), labeled=None), 0)
     assert seen[-1] >= 16

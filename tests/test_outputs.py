@@ -14,16 +14,17 @@ from softteacher.errors import UserError
 from tests.test_storage import names
 
 
+def fail_half_way(file: Path) -> None:
+    file.write_bytes(b"half")
+    raise ZeroDivisionError
+
+
 def test_output_folder_publishes_all_or_nothing(base: str) -> None:
     storage.write_bytes(f"{base}/out/old", b"old")
     storage.write_bytes(f"{base}/out/metrics.json", b"old")
 
-    def fail_half_way(folder: Path) -> None:
-        (folder / "metrics.json").write_bytes(b"half")
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError), storage.output_folder(f"{base}/out") as folder:
-        fail_half_way(folder)
+        fail_half_way(folder / "metrics.json")
     assert not folder.exists()
     assert storage.read_bytes(f"{base}/out/metrics.json") == b"old"
     with storage.output_folder(f"{base}/out") as folder:
@@ -149,10 +150,6 @@ def test_a_volume_needs_no_writable_folder_around_it() -> None:
 
 def test_output_file(base: str) -> None:
     storage.write_bytes(f"{base}/found.json", b"old")
-
-    def fail_half_way(file: Path) -> None:
-        file.write_bytes(b"half")
-        raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), storage.output_file(f"{base}/found.json") as file:
         fail_half_way(file)

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=[*METHODS, *OTHERS, "all"])
     parser.add_argument("--preset", default="small")
     parser.add_argument("--set", action="append", default=[], help="setting, key=value, for all methods; repeatable")
-    parser.add_argument("--validation-fraction", type=float, help="where there is no val json")
+    parser.add_argument("--validation-fraction", type=float, help="of the images, where there is no val json: 0.2")
     parser.add_argument("--stratify", action="store_true", help="every class gets a labelled image where it can")
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="folder of splits, models and logs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; they share the cores")
@@ -94,7 +94,9 @@ def main() -> None:
         order = {"supervised": 0, "supervised_full": 1}
         runs = sorted(((m, f) for m in methods for f in folds), key=lambda run: (order.get(run[0], 2), run[1]))
         for fold in folds:
-            prepare(a, fold)
+            if problem := prepare(a, fold):
+                failed.append(f"fold {fold}: {problem}")
+                runs = [run for run in runs if run[1] != fold]
         with ThreadPoolExecutor(a.jobs) as pool:
             try:
                 for last in (False, True):
@@ -116,31 +118,44 @@ def main() -> None:
 def source(a: argparse.Namespace) -> dict[str, Any]:
     """What the splits are made of: digests of the data set's json files, and how they are divided."""
     train, val = find_annotations(a.data)
+    if val is None and a.validation_fraction is None:
+        a.validation_fraction = 0.2
+        print(f"{train}: has no val json beside it: a fifth of its images validates (--validation-fraction)")
     files = {"train": train} | ({"val": val} if val and a.validation_fraction is None else {})
     digests = {part: hashlib.sha256(storage.read_bytes(file)).hexdigest() for part, file in files.items()}
     return digests | {"validation_fraction": a.validation_fraction, "stratify": a.stratify}
 
 
-def prepare(a: argparse.Namespace, fold: int) -> None:
-    """Split a fold; `full.json` is its labelled and its unlabelled part together; `source.json` comes last."""
+def prepare(a: argparse.Namespace, fold: int) -> str | None:
+    """Split a fold; `full.json` is its labelled and its unlabelled part together; `source.json` comes last.
+
+    Returns:
+        Why it can't be split: of few images some folds have no box at all.
+    """
     folder = a.work / f"{a.name}-{a.percent:g}-{fold}"
     if (folder / "source.json").exists():
         if json.loads((folder / "source.json").read_text()) != a.source:
             raise UserError(f"{folder}: is a split of other data, or was split otherwise; take another --work")
-        return
+        return None
     how = {"validation_fraction": a.validation_fraction, "stratify": a.stratify}
     survived = load_settings(a.preset, a.set).data.max_bad_images
-    split(a.data, str(folder), percent=a.percent, fold=fold, max_bad_images=survived, **how)
+    try:
+        split(a.data, str(folder), percent=a.percent, fold=fold, max_bad_images=survived, **how)
+    except UserError as e:
+        return str(e)
     parts = [json.loads((folder / f"{name}.json").read_text()) for name in ("labeled", "unlabeled")]
     whole = parts[0] | {key: parts[0][key] + parts[1][key] for key in ("images", "annotations")}
     for name, content in (("full", whole), ("source", a.source)):
         storage.write_bytes(folder / f"{name}.json", json.dumps(content).encode())
+    return None
 
 
 def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     """Train a method on a fold and write its JSON, unless that is there."""
     title = f"{a.name}-{a.percent:g}-{name}-{fold}"
     file = results / "accuracy" / f"{title}.json"
+    if name == "supervised_full" and not file.exists():  # that of another percentage has seen the same
+        file = next((results / "accuracy").glob(f"{glob.escape(a.name)}-*-{name}-{fold}.json"), file)
     method, changes = (METHODS | OTHERS)[name]
     data, out = a.work / f"{a.name}-{a.percent:g}-{fold}", a.work / title
     preset = "+".join([a.preset, *(change for change in changes if "=" not in change)])
@@ -152,7 +167,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
         overrides += ["training.iterations=20", *["method.cls_threshold=0.001"] * (method == "stac")]
     teacher = a.work / f"{a.name}-{a.percent:g}-supervised-{fold}"
     if method == "stac" and (teacher / "provenance.json").exists():
-        overrides.append(f"method.label_model={teacher}")
+        overrides.append(f"method.label_model={json.dumps(str(teacher))}")  # a name may be no plain YAML
     settings = what_decides(load_settings(preset, overrides))  # a typing error is told before hours of work
     if file.exists():
         # a setting that is younger than the result had its default then
@@ -169,7 +184,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
             )
         return
     if name != "supervised_full":  # it has other labels
-        overrides.append(f"method.burn_in_cache={data / 'burn_in'}")
+        overrides.append(f"method.burn_in_cache={json.dumps(str(data / 'burn_in'))}")
     labeled = data / ("full.json" if name == "supervised_full" else "labeled.json")
     program = [str(Path(__file__).with_name("oracle.py"))] if name == ORACLE else ["-m", "softteacher"]
     command = [sys.executable, *program, "train", "--labeled", labeled, "--out", out, "--preset", preset]
@@ -233,10 +248,10 @@ def quiet(jobs: int) -> dict[str, str]:
 def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
     """Mean and deviation of each method over its folds, and the share of the gap that the default method closes."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for file in sorted((results / "accuracy").glob(f"{glob.escape(name)}-{percent:g}-*.json")):
-        run = json.loads(file.read_text())
-        if (run["dataset"], run["percent"]) != (name, percent):  # of a data set whose name begins with this one's
-            continue
+    found = [json.loads(f.read_text()) for f in (results / "accuracy").glob(f"{glob.escape(name)}-*.json")]
+    # not those of a data set whose name begins with this one's; all labels are the same at any percentage
+    mine = [r for r in found if r["dataset"] == name and (r["percent"] == percent or r["method"] == "supervised_full")]
+    for run in sorted(mine, key=lambda r: (r["percent"] == percent, r["percent"])):
         runs.setdefault(run["method"], {})[run["fold"]] = run
     methods = {}
     for method in [m for m in METHODS | OTHERS if m in runs]:
@@ -248,9 +263,7 @@ def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
                 {key: run.get(key) for key in ("fold", "ap", "ap50", "student_ap", "precision")}
                 | {
                     "processor": run["machine"]["processor"],
-                    # the first validation tells runs of one burn-in, of one machine, from those of another
-                    "same_start": method == "supervised_full"
-                    or run["curve"][:1] == runs.get("supervised", {}).get(fold, run)["curve"][:1],
+                    "same_start": method == "supervised_full" or same_start(run, runs.get("supervised", {})),
                     "still_rising": run["training"]["best_step"] == run["training"]["steps"],
                 }
                 for fold, run in sorted(runs[method].items())
@@ -262,12 +275,18 @@ def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
     return {"dataset": name, "percent": percent, "methods": methods, "gap_closed": closed}
 
 
+def same_start(run: dict[str, Any], supervised: dict[int, dict[str, Any]]) -> bool:
+    """Whether it is of the burn-in of its fold's supervised run, if there is one: their first validations tell."""
+    return run["curve"][:1] == supervised.get(run["fold"], run)["curve"][:1]
+
+
 def gap_closed(runs: dict[str, dict[int, dict[str, Any]]], method: str) -> float | None:
-    """(method - supervised) / (supervised_full - supervised), of means over the folds that both have.
+    """(method - supervised) / (supervised_full - supervised), of means over the folds where both began the same.
 
     None where all labels are no better than a few, or there is no such fold.
     """
-    folds = sorted(set(runs[method]) & set(runs["supervised"]))
+    supervised = runs["supervised"]
+    folds = [fold for fold, run in sorted(runs[method].items()) if fold in supervised and same_start(run, supervised)]
     full = [run["ap"] for run in runs["supervised_full"].values()]
     if not folds:
         return None

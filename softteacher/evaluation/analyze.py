@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.ops import box_area, box_iou
 
 from softteacher import storage
 from softteacher.choices import Weights
 from softteacher.config import MethodSettings
 from softteacher.data.coco import CocoDataset
+from softteacher.detections import Detections, match_boxes, pairwise_iou
 from softteacher.evaluation.evaluate import load_detector, load_labelled, refuse_model, say_score, write_evaluation
 from softteacher.evaluation.inference import Scored, detect_dataset, score_found
 from softteacher.evaluation.observe import Observed, Observer
@@ -113,29 +113,21 @@ def match(dataset: CocoDataset, found: dict[int, Observed]) -> dict[str, np.ndar
     for index, image in enumerate(dataset.images):
         d = found[image.id]
         boxes, labels = dataset.targets(index)
-        iou = _iou(d.boxes, boxes) * (d.labels[:, None] == labels)
-        free, correct = np.ones(len(boxes), bool), np.zeros(len(d), bool)
-        for n in np.argsort(-d.scores, kind="stable"):
-            candidates = iou[n] * free
-            if candidates.max(initial=0) >= 0.5:
-                correct[n], free[candidates.argmax()] = True, False
+        mine, truth = Detections(d.boxes, d.scores, d.labels), Detections(boxes, np.ones(len(boxes)), labels)
+        correct = np.zeros(len(d), bool)
+        correct[[n for n, _ in match_boxes(mine, truth, iou=0.5)]] = True
+        iou = pairwise_iou(mine, truth) * (d.labels[:, None] == labels)
         crowd = dataset.annotations.bbox[crowds.get(index, [])]
         of_class = d.labels[:, None] == dataset.annotations.labels[crowds.get(index, [])]
-        inside = _iou(d.boxes, np.concatenate([crowd[:, :2], crowd[:, :2] + crowd[:, 2:]], 1), of_detection=True)
-        keep = correct | ~((inside > 0.5) & of_class).any(1)
+        sides = np.minimum(d.boxes[:, None, 2:], crowd[:, :2] + crowd[:, 2:]) - np.maximum(
+            d.boxes[:, None, :2], crowd[:, :2]
+        )
+        area = (d.boxes[:, 2:] - d.boxes[:, :2]).prod(1, keepdims=True)
+        keep = correct | ~((sides.clip(0).prod(2) > 0.5 * area) & of_class).any(1)
         columns = (d.scores, d.variance, d.labels, correct, iou.max(1, initial=0))
         parts.append([column[keep] for column in columns])
     names = ("score", "variance", "label", "correct", "iou")
     return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
-
-
-def _iou(a: np.ndarray, b: np.ndarray, of_detection: bool = False) -> np.ndarray:
-    """IoU [N, M] of boxes [N, 4] and [M, 4], or the share of each a that lies in each b."""
-    x, y = (torch.from_numpy(np.asarray(v, np.float64)).reshape(-1, 4) for v in (a, b))
-    if not of_detection:
-        return box_iou(x, y).numpy()
-    corners = torch.minimum(x[:, None, 2:], y[:, 2:]) - torch.maximum(x[:, None, :2], y[:, :2])
-    return (corners.clamp(min=0).prod(2) / box_area(x)[:, None].clamp(min=1e-9)).numpy()
 
 
 def summarize(boxes: dict[str, np.ndarray], objects: dict[str, int], method: MethodSettings) -> dict[str, Any]:
@@ -223,14 +215,11 @@ def _at(score: np.ndarray, correct: np.ndarray, objects: int, threshold: float |
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Spearman's, between -1 and 1; none where x or y doesn't vary."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[which]
+    from scipy.stats import spearmanr  # slow to import
 
     if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
         return None
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+    return float(spearmanr(x, y).statistic)
 
 
 def _bins(x: np.ndarray, iou: np.ndarray) -> list[dict[str, Any]]:

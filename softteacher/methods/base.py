@@ -1,4 +1,4 @@
-"""What a method is to the trainer, and what all methods with a teacher share: who labels, what counts, what is said."""
+"""The interface between a method and the trainer, and what methods with a teacher share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Method:
         self.trust = 1.0
         self.seen: Tensor | None = None
 
-    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Weighted loss terms whose sum is minimised, and numbers for the log.
 
         The loss of a batch is the sum of those of its `parts`. Of unlabelled images alone there may be none.
@@ -72,7 +72,7 @@ class Unlabeled:
         strong: B views of the same images, the student's.
         to_strong: [B, 3, 3] float64, weak -> strong view.
         features: the teacher's pyramid of the weak views.
-        noise: of each image.
+        noise: a generator per image, for everything that is drawn for it.
     """
 
     weak: Views
@@ -80,6 +80,21 @@ class Unlabeled:
     to_strong: Tensor
     features: list[Tensor]
     noise: list[torch.Generator]
+
+
+@dataclass
+class PseudoBoxes:
+    """The pool of pseudo boxes of one image, in the strong view.
+
+    Attributes:
+        detections: the teacher's boxes with a score above `pool_threshold`.
+        variance: [N] box regression variance (paper, Eq. 6-8); none where box jittering is switched off.
+        found: the same boxes where the teacher found them, in the weak view.
+    """
+
+    detections: Detections
+    variance: Tensor | None
+    found: Detections
 
 
 class TeacherMethod(Method):
@@ -101,7 +116,7 @@ class TeacherMethod(Method):
         """
         raise NotImplementedError
 
-    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `Method`. Without unlabelled views (burn-in), or without trust, the supervised losses alone."""
         losses = self.labeled_losses(batch)
         if batch.weak is None or batch.strong is None or not self.trust:

@@ -6,9 +6,8 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
-from softteacher.detections import Detections
+from softteacher.detections import Detections, match_boxes
 
 
 def score_histogram(scores: Tensor) -> dict[str, float]:
@@ -18,13 +17,18 @@ def score_histogram(scores: Tensor) -> dict[str, float]:
     return {f"teacher_scores/{n / 10}": count / len(scores) for n, count in enumerate(counts)}
 
 
+def box_counts(images: int, **kinds: list[Detections]) -> dict[str, float]:
+    """Pseudo boxes per image, `pseudo_boxes_<kind>`, from those of each kind over so many images."""
+    return {f"pseudo_boxes_{kind}": sum(map(len, boxes)) / images for kind, boxes in kinds.items()}
+
+
 def pseudo_box_quality(found: list[Detections], boxes: list[Tensor], labels: list[Tensor]) -> dict[str, float]:
     """Precision and recall of pseudo boxes against hidden labels at IoU .5, which no loss ever sees.
 
     Images without objects are left out: of most nothing is known, as they came without labels beside others with them.
 
     Args:
-        found: the pseudo boxes of each image, best first.
+        found: the pseudo boxes of each image.
         boxes: B x [n, 4] the truth in the same view.
         labels: B x [n].
 
@@ -35,12 +39,8 @@ def pseudo_box_quality(found: list[Detections], boxes: list[Tensor], labels: lis
     for d, truth, classes in zip(found, boxes, labels, strict=True):
         if not len(truth):
             continue
-        free = torch.ones(len(truth), dtype=torch.bool, device=truth.device)
-        overlap = box_iou(d.boxes, truth) * (d.labels[:, None] == classes)
-        for row in overlap:
-            best = (row * free).argmax()
-            if row[best] * free[best] > 0.5:
-                free[best], hits = False, hits + 1
+        objects = Detections(truth, truth.new_ones(len(truth)), classes)
+        hits += len(match_boxes(d.numpy(), objects.numpy(), iou=0.5))
         claimed, there = claimed + len(d), there + len(truth)
     return {
         "pseudo_precision": hits / claimed if claimed else math.nan,

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softteacher.detections import Detections
 from softteacher.detectors.losses import RoIs
 from softteacher.detectors.mask_rcnn import MASK_SIDE, MaskRCNN, mask_loss
-from softteacher.methods.base import Unlabeled
+from softteacher.methods.base import PseudoBoxes, Unlabeled
 from softteacher.methods.soft_teacher import SoftTeacher
 
 
@@ -27,10 +26,11 @@ class MaskSoftTeacher(SoftTeacher):
         self,
         features: list[Tensor],
         rois: RoIs,
-        sure: list[Detections],
+        pool: list[PseudoBoxes],
         part: Unlabeled,
     ) -> dict[str, Tensor]:
         """The mask loss of the positives of the classification's sample; see `SoftTeacher.further_losses`."""
+        sure = [self.confident(p.found, self.settings.cls_threshold) for p in pool]
         positive = rois.select(rois.labels < self.student.classes)
         counts = [len(b) for b in positive.boxes]
         with torch.no_grad():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from softteacher.detections import Detections
 from softteacher.methods.base import TeacherMethod, Unlabeled, to_strong_view
+from softteacher.methods.diagnostics import box_counts
 
 
 class MeanTeacher(TeacherMethod):
@@ -22,8 +23,4 @@ class MeanTeacher(TeacherMethod):
             for d, matrix, size in zip(found, part.to_strong, part.strong.sizes, strict=True)
         ]
         views = replace(part.strong, boxes=[d.boxes for d in sure], labels=[d.labels for d in sure])
-        facts = {
-            "pseudo_boxes_pool": sum(map(len, found)) / len(found),
-            "pseudo_boxes_cls": sum(map(len, sure)) / len(found),
-        }
-        return self.student.losses(views), facts
+        return self.student.losses(views), box_counts(len(found), pool=found, cls=sure)

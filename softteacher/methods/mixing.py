@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from softteacher.data.loader import Views
 from softteacher.detections import Detections
-from softteacher.methods.base import Unlabeled
-
-if TYPE_CHECKING:
-    from softteacher.methods.soft_teacher import PseudoBoxes
+from softteacher.methods.base import PseudoBoxes, Unlabeled
 
 SEEN_BY_TEACHER = {"teacher_background", "prediction_difference"}  # reliabilities that each half has one of
 

@@ -1,4 +1,4 @@
-"""Soft Teacher for a one-stage detector: what of section 3 is said in terms of RoIs, said in terms of locations."""
+"""Soft Teacher for a one-stage detector: section 3 with locations in place of RoIs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from softteacher.detections import Detections
 from softteacher.detectors.boxes import clip
 from softteacher.detectors.fcos import FCOS, STRIDES, Dense, box_losses, dense_targets, focal_loss, inside
 from softteacher.methods.base import Unlabeled
+from softteacher.methods.diagnostics import box_counts
 from softteacher.methods.jitter import regression_variance
 from softteacher.methods.mixing import SEEN_BY_TEACHER, other_half
 from softteacher.methods.soft_teacher import SoftTeacher
@@ -51,7 +52,7 @@ class OneStageSoftTeacher(SoftTeacher):
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `TeacherMethod`: classification, box and centerness, the first with pseudo boxes of its own."""
         classes = self.student.classes
-        pool, strong, mixed = self.mixed(self.pseudo_boxes(found, part), part)
+        pool, strong, mixed = self.mix(self.pseudo_boxes(found, part), part)
         for_cls = [self.confident(p.detections, self.settings.cls_threshold) for p in pool]
         for_reg = self.for_regression(pool, for_cls)
         dense = self.student.predict(self.student.features(strong.images))
@@ -67,10 +68,7 @@ class OneStageSoftTeacher(SoftTeacher):
             weights = weights * self.reliability(dense, for_cls, other_half(part))
         weights = torch.where(negative, weights, 1.0)
         losses = {"cls": focal_loss(dense.logits, cls_targets, weights)} | box_losses(dense, reg_targets)
-        facts = {
-            f"pseudo_boxes_{k}": sum(map(len, b)) / (len(pool) * (1 + mixed))
-            for k, b in (("cls", for_cls), ("reg", for_reg), ("pool", [p.detections for p in pool]))
-        }
+        facts = box_counts(len(pool) * (1 + mixed), cls=for_cls, reg=for_reg, pool=[p.detections for p in pool])
         return losses, facts | {"reliability": float(weights[negative].mean())}
 
     @torch.no_grad()

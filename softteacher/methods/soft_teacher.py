@@ -6,8 +6,6 @@ the differences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,24 +24,10 @@ from softteacher.detectors.losses import (
     rpn_targets,
     sample_rois,
 )
-from softteacher.methods.base import TeacherMethod, Unlabeled, to_strong_view
+from softteacher.methods.base import PseudoBoxes, TeacherMethod, Unlabeled, to_strong_view
+from softteacher.methods.diagnostics import box_counts
 from softteacher.methods.jitter import jitter, regression_variance
 from softteacher.methods.mixing import SEEN_BY_TEACHER, mix_boxes, mix_views, other_half
-
-
-@dataclass
-class PseudoBoxes:
-    """The pool of pseudo boxes of one image, in the strong view.
-
-    Attributes:
-        detections: the teacher's boxes with a score above `pool_threshold`.
-        variance: [N] box regression variance (paper, Eq. 6-8); none where box jittering is switched off.
-        found: the same boxes where the teacher found them, in the weak view.
-    """
-
-    detections: Detections
-    variance: Tensor | None
-    found: Detections
 
 
 class SoftTeacher(TeacherMethod):
@@ -57,7 +41,7 @@ class SoftTeacher(TeacherMethod):
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `TeacherMethod`: each loss has pseudo boxes of its own."""
         s, d = self.settings, self.student.settings
-        pool, strong, mixed = self.mixed(self.pseudo_boxes(found, part), part)
+        pool, strong, mixed = self.mix(self.pseudo_boxes(found, part), part)
         for_rpn, for_cls = (
             [self.confident(p.detections, threshold) for p in pool] for threshold in (s.rpn_threshold, s.cls_threshold)
         )
@@ -99,17 +83,14 @@ class SoftTeacher(TeacherMethod):
         losses["cls"] = classification_loss(logits[is_cls], cls_rois, weights, s.loss_normalization, soft)
         losses["box"] = regression_loss(deltas[~is_cls], reg_rois, s.loss_normalization)
 
-        sure = [self.confident(p.found, s.cls_threshold) for p in pool]
-        losses |= self.further_losses(features, cls_rois, sure, part)
-        facts = {
-            f"pseudo_boxes_{k}": sum(map(len, b)) / (len(pool) * (1 + mixed))
-            for k, b in (("rpn", for_rpn), ("cls", for_cls), ("reg", for_reg), ("pool", [p.detections for p in pool]))
-        }
+        losses |= self.further_losses(features, cls_rois, pool, part)
+        images = len(pool) * (1 + mixed)
+        facts = box_counts(images, rpn=for_rpn, cls=for_cls, reg=for_reg, pool=[p.detections for p in pool])
         negative = cls_rois.labels == self.student.classes
         facts["reliability"] = float(weights[negative].mean()) if negative.any() else 1.0
         return losses, facts
 
-    def mixed(self, pool: list[PseudoBoxes], part: Unlabeled) -> tuple[list[PseudoBoxes], Views, bool]:
+    def mix(self, pool: list[PseudoBoxes], part: Unlabeled) -> tuple[list[PseudoBoxes], Views, bool]:
         """Pseudo boxes and strong views, laid over each other in some steps (`method.mixup`), and whether they are."""
         s, noise = self.settings, part.noise[0]
         if s.mixup > 0 and torch.rand(1, generator=noise, device=noise.device).item() < s.mixup:
@@ -133,7 +114,7 @@ class SoftTeacher(TeacherMethod):
         self,
         features: list[Tensor],
         rois: RoIs,
-        sure: list[Detections],
+        pool: list[PseudoBoxes],
         part: Unlabeled,
     ) -> dict[str, Tensor]:
         """Loss terms of other heads than Faster R-CNN's: here none.
@@ -141,7 +122,7 @@ class SoftTeacher(TeacherMethod):
         Args:
             features: the student's pyramid of the strong views.
             rois: sampled for the classification.
-            sure: the pseudo boxes that teach the classification, in the weak views.
+            pool: of each image.
             part: the teacher's features, and where the views lie.
         """
         return {}

@@ -14,7 +14,7 @@ class Stac(Method):
     `softteacher.training.self_label` makes them, from the scores above `method.cls_threshold`.
     """
 
-    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `Method`: L_sup + `method.unsup_weight` * L_unsup, the same losses on both."""
         losses = self.labeled_losses(batch)
         if batch.strong is None or not self.trust:

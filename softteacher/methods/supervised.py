@@ -11,6 +11,6 @@ from softteacher.methods.base import Method
 class Supervised(Method):
     """Labelled images only. The teacher is the moving average of the student, here as in every method."""
 
-    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
         """See `Method`."""
         return self.labeled_losses(batch), {}

@@ -345,12 +345,19 @@ def versions() -> dict[str, str]:
 
 
 def git_sha() -> str | None:
-    """Commit of the code, `-dirty` if changed; none outside a checkout. An image knows it by `SOFTTEACHER_GIT_SHA`."""
+    """Commit of the code, `-dirty` if the package is changed; none outside a checkout.
+
+    An image knows it by `SOFTTEACHER_GIT_SHA`.
+    """
     if sha := os.environ.get("SOFTTEACHER_GIT_SHA"):
         return sha
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        sha, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "."])
+        )
+        return sha + "-dirty" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -162,7 +162,7 @@ class Trainer:
                 # gradients travel between processes once a step
                 parallel = isinstance(self.losses, DistributedDataParallel)
                 with self.losses.no_sync() if parallel and not last else contextlib.nullcontext():
-                    losses, facts = self.losses(part, p.step)
+                    losses, facts = self.losses(part)
                     if not losses:  # nothing is learnt from unlabelled images now
                         continue
                     total = torch.stack(list(losses.values())).sum()
@@ -348,8 +348,8 @@ class _Losses(nn.Module):
         super().__init__()
         self.student, self.method = student, method
 
-    def forward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        return self.method.losses(batch, step)
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return self.method.losses(batch)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from softteacher.errors import UserError
 from softteacher.watching.profile import BINS, HISTOGRAMS, TrafficProfile
 
 TITLES = {"score": "Scores", "class": "Classes", "size": "Object sizes", "count": "Detections an image"}
-QUANTILE = 1.645  # of the normal distribution at 95 %
 MIDDLES = {
     "score": np.arange(10) / 10 + 0.05,
     "size": 2.0 ** np.arange(-5.75, 0, 0.5),
@@ -49,7 +47,7 @@ def chance(bins: int, reference: int, live: int) -> float:
     """The PSI that equal traffic exceeds by chance in one of twenty samples of these sizes.
 
     PSI / (1/n + 1/m) follows chi square with B - 1 degrees of freedom (B. Yurdakul, Statistical Properties of the
-    Population Stability Index, 2018); its quantile is Wilson's and Hilferty's.
+    Population Stability Index, 2018).
 
     Args:
         bins: B, those that are not empty on both sides.
@@ -58,8 +56,9 @@ def chance(bins: int, reference: int, live: int) -> float:
     """
     if bins < 2 or not reference or not live:
         return 0.0
-    k = 2 / (9 * (bins - 1))
-    return (bins - 1) * (1 - k + QUANTILE * math.sqrt(k)) ** 3 * (1 / reference + 1 / live)
+    from scipy.stats import chi2  # slow to import
+
+    return float(chi2.isf(0.05, bins - 1)) * (1 / reference + 1 / live)
 
 
 def compare(reference: TrafficProfile, live: TrafficProfile, threshold: float, min_images: int) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def taught(monkeypatch, make, *overrides):
 @pytest.mark.parametrize("make", [two_stage.method, one_stage.method])
 def test_pseudo_boxes_are_carried_from_the_weak_to_the_strong_view(monkeypatch, make, name):
     chosen, carried = taught(monkeypatch, make, f"method.name={name}")
-    chosen.losses(moved_batch(), 0)
+    chosen.losses(moved_batch())
     assert len(carried) == 2
     for found, _ in carried:
         torch.testing.assert_close(found.boxes, IN_STRONG)
@@ -57,7 +57,7 @@ def test_hard_pseudo_boxes_teach_where_the_strong_view_shows_them(monkeypatch):
     chosen, _ = taught(monkeypatch, two_stage.method, "method.name=mean_teacher")
     seen, real = [], chosen.student.losses
     monkeypatch.setattr(chosen.student, "losses", lambda views: seen.append(views) or real(views))
-    chosen.losses(moved_batch(), 0)
+    chosen.losses(moved_batch())
     _, views = seen
     for boxes, labels in zip(views.boxes, views.labels, strict=True):
         torch.testing.assert_close(boxes, IN_STRONG)
@@ -74,7 +74,7 @@ def test_without_reliability_the_classification_is_the_mean_teachers(monkeypatch
         # opinions that differ between RoIs
         torch.nn.init.normal_(chosen.student.head_logits.weight, std=0.5)
         torch.nn.init.normal_(chosen.student.head_deltas.weight, std=0.5)
-        found.append(chosen.losses(moved_batch(), 0)[0])
+        found.append(chosen.losses(moved_batch())[0])
     for key in ("unsup_rpn_cls", "unsup_rpn_box", "unsup_cls"):
         torch.testing.assert_close(found[0][key], found[1][key])
 
@@ -98,7 +98,7 @@ def test_boxes_of_the_regression_meet_their_own_deltas(monkeypatch):
     monkeypatch.setattr(
         chosen.student, "proposals", lambda rpn, sizes, training: (torch.stack([near, near.flip(0)]), torch.ones(2, 4))
     )
-    losses, _ = chosen.losses(replace(moved_batch(), labeled=None), 0)
+    losses, _ = chosen.losses(replace(moved_batch(), labeled=None))
     assert seen[-1] >= 16
     assert losses["unsup_box"].item() == pytest.approx(0, abs=1e-5)
 
@@ -113,9 +113,9 @@ def test_adaptive_thresholds_follow_what_the_teacher_finds(monkeypatch):
     monkeypatch.setattr(chosen.teacher, "features", lambda images: [])
     monkeypatch.setattr(chosen, "unsupervised_losses", lambda found, part: ({}, {}))
     one = replace(two_stage.batch(), labeled=None)
-    for n in range(FEWEST // 2):
+    for _ in range(FEWEST // 2):
         assert not len(chosen.confident(boxes, 0.9))
-        _, facts = chosen.losses(one, n)
+        _, facts = chosen.losses(one)
     assert chosen.confident(boxes, 0.9).labels.tolist() == [0, 1, 2]
     assert facts["adaptive_threshold"] == pytest.approx((0.5 + 0 + 0) / 3)
     assert chosen.seen.tolist() == [2, 2, 2]
@@ -139,7 +139,7 @@ def test_the_weight_of_the_unlabelled_images(monkeypatch, name):
             parts = replace(parts, strong=labelled)
         else:
             believe(chosen, monkeypatch, [0.95, 0.95, 0.95, 0.95])
-        found.append(chosen.losses(parts, 0)[0])
+        found.append(chosen.losses(parts)[0])
     terms = {k for k in found[0] if k.startswith("unsup_")}
     assert len(terms) == 4
     for key in terms:

@@ -24,7 +24,7 @@ def test_the_form_of_the_jitter(monkeypatch, law, side):
     chosen = method(f"method.jitter_law={law}", f"method.variance_normalization={side}", "method.jitter_times=100")
     boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
     believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.85], [0, 1])
-    chosen.losses(batch(), 0)
+    chosen.losses(batch())
     drawn = torch.cat([o.flatten() for o in offsets])
     assert drawn.std().item() == pytest.approx(1 if law == "normal" else 3**-0.5, rel=0.06)
     assert (drawn.abs().max() <= 1) == (law == "uniform")

@@ -101,7 +101,7 @@ def test_masks_of_sure_boxes_teach(monkeypatch, score, taught):
     chosen, _ = method("method.cls_threshold=0.9", "method.unsup_weight=3")
     boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]])
     believe(chosen, monkeypatch, [boxes, boxes], [score, 0.6], [1, 0])
-    losses, _ = chosen.losses(batch(), 0)
+    losses, _ = chosen.losses(batch())
     assert set(losses) == {f"{p}{t}" for p in ("", "unsup_") for t in ("rpn_cls", "rpn_box", "cls", "box", "mask")}
     assert losses["mask"] > 0
     assert bool(losses["unsup_mask"] > 0) == taught
@@ -131,7 +131,7 @@ def test_the_target_is_the_teachers_mask(monkeypatch, flipped):
         monkeypatch.setattr(
             chosen.student, "mask_head", lambda f, b, labels, mine=mine: mine.expand(len(labels), -1, -1)
         )
-        loss = chosen.losses(parts, 0)[0]["unsup_mask"]
+        loss = chosen.losses(parts)[0]["unsup_mask"]
         assert loss < 1e-6 if right else loss == pytest.approx(20)
 
 

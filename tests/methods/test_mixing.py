@@ -13,9 +13,8 @@ from softteacher.detectors.build import build
 from softteacher.detectors.losses import RoIs
 from softteacher.errors import UserError
 from softteacher.methods import build_method
-from softteacher.methods.base import Unlabeled
+from softteacher.methods.base import PseudoBoxes, Unlabeled
 from softteacher.methods.mixing import mix_boxes, mix_views, other_half
-from softteacher.methods.soft_teacher import PseudoBoxes
 from tests.samples import TINY, noise_views
 
 
@@ -77,7 +76,7 @@ def test_a_step(share):
     low = [f"method.{key}_threshold=0" for key in ("pool", "rpn", "cls")]
     chosen = method(f"method.mixup={share}", "detector.score_threshold=0", "method.reg_variance_threshold=9", *low)
     plain = replace(noise_views(), boxes=[], labels=[])
-    losses, facts = chosen.losses(Batch(noise_views(seed=1), plain, plain), 0)
+    losses, facts = chosen.losses(Batch(noise_views(seed=1), plain, plain))
     assert facts["pseudo_boxes_pool"] == 100  # of an image, whether it lies under another or not
     assert all(torch.isfinite(v) for v in losses.values())
     torch.stack(list(losses.values())).sum().backward()
@@ -91,7 +90,7 @@ def test_a_weight_that_does_not_ask_the_teacher_counts_once(monkeypatch, name, k
     asked = []
     monkeypatch.setattr(chosen, "reliability", lambda *x, real=chosen.reliability: asked.append(x) or real(*x))
     plain = replace(noise_views(), boxes=[], labels=[])
-    chosen.losses(Batch(noise_views(seed=1), plain, plain), 0)
+    chosen.losses(Batch(noise_views(seed=1), plain, plain))
     assert len(asked) == (2 if kind == "teacher_background" else 1)
 
 

@@ -73,7 +73,7 @@ def test_thresholds(monkeypatch, scores, pool, cls):
     for variance, reg in ((1000, pool), (0, 0)):
         chosen = method("method.cls_threshold=0.8", f"method.reg_variance_threshold={variance}")
         believe(chosen, monkeypatch, scores)
-        losses, facts = chosen.losses(batch(), 0)
+        losses, facts = chosen.losses(batch())
         assert set(losses) == TERMS | {f"unsup_{t}" for t in TERMS}
         assert all(torch.isfinite(v) for v in losses.values())
         assert [facts[f"pseudo_boxes_{k}"] for k in ("pool", "cls", "reg")] == [pool, cls, reg]
@@ -89,7 +89,7 @@ def test_without_reliability_and_variance_it_is_the_mean_teacher(monkeypatch):
         hard = ("method.reliability=none", "method.box_jitter=false", "method.cls_threshold=0.8")
         chosen = method(f"method.name={name}", *hard)
         believe(chosen, monkeypatch, [0.9, 0.9, 0.9, 0.7])
-        found.append(chosen.losses(batch(), 0))
+        found.append(chosen.losses(batch()))
     (ours, facts), (theirs, _) = found
     assert set(ours) == set(theirs)
     for key in ours:
@@ -105,7 +105,7 @@ def test_terms_have_pseudo_boxes_and_weights_of_their_own(monkeypatch):
     values = torch.tensor([0.5, 0.01, 0.02, 0.5])
     monkeypatch.setattr(chosen, "box_variance", lambda features, found, sizes, noise: [values] * 2)
     views = batch()
-    losses, facts = chosen.losses(views, 0)
+    losses, facts = chosen.losses(views)
     with torch.no_grad():
         dense = chosen.student.predict(chosen.student.features(views.strong.images))
     labels = torch.tensor([0, 1, 2, 0])
@@ -257,7 +257,7 @@ def test_mixed_views_have_the_boxes_of_both_and_background_is_background_in_both
     for mixup in (0, 1):
         chosen = method(f"method.mixup={mixup}", "method.cls_threshold=0.5", "method.reg_variance_threshold=1000")
         believe(chosen, monkeypatch, [0.95, 0.92, 0, 0])
-        values, facts = chosen.losses(batch(), 0)
+        values, facts = chosen.losses(batch())
         losses.append(values)
         shares.append(facts["reliability"])
         assert facts["pseudo_boxes_cls"] == facts["pseudo_boxes_reg"] == 2  # of an image, mixed or not
@@ -291,7 +291,7 @@ def test_losses_in_half_precision(monkeypatch, precision, tolerance):
         chosen = method("method.reg_variance_threshold=1000")
         chosen.student.precision = chosen.teacher.precision = kind
         believe(chosen, monkeypatch, [0.95, 0.92, 0.9, 0.9])
-        losses, _ = chosen.losses(batch(), 0)
+        losses, _ = chosen.losses(batch())
         assert all(v.dtype == torch.float32 for v in losses.values())
         torch.stack(list(losses.values())).sum().backward()
         found.append({k: v.item() for k, v in losses.items()})

@@ -74,7 +74,7 @@ def test_the_method_by_its_name():
 def test_no_pseudo_boxes():
     """A fresh teacher is sure of nothing; all is background then, and every loss is finite."""
     soft_teacher = method()
-    losses, facts = soft_teacher.losses(batch(), 0)
+    losses, facts = soft_teacher.losses(batch())
     assert set(losses) == TERMS | {f"unsup_{t}" for t in TERMS}
     assert all(torch.isfinite(v) for v in losses.values())
     assert [facts[f"pseudo_boxes_{k}"] for k in ("pool", "rpn", "cls", "reg")] == [0, 0, 0, 0]
@@ -86,8 +86,8 @@ def test_no_pseudo_boxes():
 
 def test_burn_in_is_supervised_training():
     labeled_only = Batch(batch().labeled)
-    ours, facts = method().losses(labeled_only, 0)
-    theirs, _ = method("method.name=supervised").losses(batch(), 0)
+    ours, facts = method().losses(labeled_only)
+    theirs, _ = method("method.name=supervised").losses(batch())
     assert facts == {}
     assert set(ours) == set(theirs) == TERMS
     assert all(torch.equal(ours[k], theirs[k]) for k in TERMS)
@@ -101,12 +101,12 @@ def test_thresholds(monkeypatch, scores, pool, rpn, cls):
     soft_teacher = method("method.rpn_threshold=0.9", "method.cls_threshold=0.8", "method.reg_variance_threshold=1000")
     boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60], [5, 30, 25, 60], [30, 5, 60, 25]])
     believe(soft_teacher, monkeypatch, [boxes, boxes], scores, [0, 1, 2, 0])
-    losses, facts = soft_teacher.losses(batch(), 0)
+    losses, facts = soft_teacher.losses(batch())
     assert [facts[f"pseudo_boxes_{k}"] for k in ("pool", "rpn", "cls", "reg")] == [pool, rpn, cls, pool]
     assert (losses["unsup_box"] > 0) == (pool > 0)
     none = method("method.reg_variance_threshold=0")
     believe(none, monkeypatch, [boxes, boxes], scores, [0, 1, 2, 0])
-    assert none.losses(batch(), 0)[1]["pseudo_boxes_reg"] == 0
+    assert none.losses(batch())[1]["pseudo_boxes_reg"] == 0
 
 
 @pytest.mark.parametrize("positives", ["hard", "soft"])
@@ -136,7 +136,7 @@ def test_each_loss_gets_its_own_boxes_and_weights(monkeypatch, kind, normalizati
     monkeypatch.setattr(chosen, "reliability", lambda *a: weighed.append((a, real(*a))) or weighed[-1][1])
     boxes = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60], [5, 30, 25, 60]])
     believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.85, 0.7], [0, 1, 2])
-    losses, _ = chosen.losses(batch(), 0)
+    losses, _ = chosen.losses(batch())
 
     assert [len(b) for b in calls["rpn_targets"][0][0][2]] == [1, 1]
     (for_cls, cls_rois), (for_reg, reg_rois) = calls["sample_rois"]
@@ -291,11 +291,11 @@ def test_only_confident_boxes_teach_the_regression(monkeypatch):
             "method.cls_threshold=0.8", "method.reg_variance_threshold=1000", f"method.reg_confident={confident}"
         )
         believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.7, 0.6], [0, 1, 2])
-        counts.append(chosen.losses(batch(), 0)[1]["pseudo_boxes_reg"])
+        counts.append(chosen.losses(batch())[1]["pseudo_boxes_reg"])
     assert counts == [3, 1]
     none = method("method.cls_threshold=0.8", "method.reg_variance_threshold=0", "method.reg_confident=true")
     believe(none, monkeypatch, [boxes, boxes], [0.95, 0.7, 0.6], [0, 1, 2])
-    assert none.losses(batch(), 0)[1]["pseudo_boxes_reg"] == 0
+    assert none.losses(batch())[1]["pseudo_boxes_reg"] == 0
 
 
 def test_unsure_boxes_are_no_background_to_the_rpn(monkeypatch):
@@ -307,7 +307,7 @@ def test_unsure_boxes_are_no_background_to_the_rpn(monkeypatch):
     for ignore in ("false", "true"):
         chosen = method("method.rpn_threshold=0.9", f"method.rpn_ignore={ignore}")
         believe(chosen, monkeypatch, [boxes, boxes], [0.95, 0.6], [0, 1])
-        chosen.losses(batch(), 0)
+        chosen.losses(batch())
     assert [len(b) for call in seen for b in call[2]] == [1, 1, 1, 1]
     assert seen[0][5] is None
     assert [len(b) for b in seen[1][5]] == [2, 2]
@@ -326,7 +326,7 @@ def test_the_student_learns_and_the_teacher_never(monkeypatch, name):
         teacher = chosen.teacher
         before = copy.deepcopy(teacher.state_dict())
         assert all(p.requires_grad for p in teacher.parameters())  # nothing but the method keeps it out
-    losses, _ = chosen.losses(batch(), 0)
+    losses, _ = chosen.losses(batch())
     unsupervised = [v for k, v in losses.items() if k.startswith("unsup_")] or list(losses.values())
     torch.stack(unsupervised).sum().backward()
     for key, p in chosen.student.named_parameters():
@@ -346,7 +346,7 @@ def test_losses_in_half_precision(monkeypatch, precision, tolerance):
         soft_teacher = method("method.reg_variance_threshold=1000")
         soft_teacher.student.precision = soft_teacher.teacher.precision = chosen
         believe(soft_teacher, monkeypatch, [boxes, boxes], [0.95, 0.92], [0, 1])
-        losses, _ = soft_teacher.losses(batch(), 0)
+        losses, _ = soft_teacher.losses(batch())
         assert all(v.dtype == torch.float32 for v in losses.values())
         torch.stack(list(losses.values())).sum().backward()
         found.append({k: v.item() for k, v in losses.items()})

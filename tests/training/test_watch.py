@@ -121,7 +121,7 @@ def test_patience_is_for_pseudo_labels(tmp_path, capsys):
     chosen = ["training.iterations=120", "method.burn_in=0.5", "training.evaluate_every=10", "training.patience=3"]
 
     class Constant(Fake):
-        def losses(self, batch, step):
+        def losses(self, batch):
             return {"a": self.student.weight.sum()}, {}
 
     fake = Constant()
@@ -140,7 +140,7 @@ def test_the_trainer_asks_both(tmp_path, capsys):
     """The reference is the end of burn-in, which is no validation of its own; the end is another."""
 
     class Poor(Fake):
-        def losses(self, batch, step):
+        def losses(self, batch):
             return {"a": self.student.weight.sum()}, {"pseudo_boxes_cls": 0.1, "pseudo_boxes_pool": 1.0}
 
     fake, asked = Poor(), []

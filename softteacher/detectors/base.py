@@ -26,7 +26,7 @@ class Detector(nn.Module):
         extra: makes the levels above stride 32.
 
     Attributes:
-        class_heads: the modules whose rows are classes.
+        class_heads: names of the modules with an output row per class; `init_from` leaves them fresh where classes differ.
     """
 
     class_heads: tuple[str, ...]

@@ -59,6 +59,7 @@ def _start_from(detector: Detector, source: str, names: Sequence[str] | None) ->
         for k, v in own.items()
         if k in state and state[k].shape == v.shape and not (others and k.split(".")[0] in detector.class_heads)
     }
+    unsure = names is not None and there is None and any(k.split(".")[0] in detector.class_heads for k in taken)
     name = detector.settings.name
     if not taken:
         raise UserError(f"{where}: has no tensor of {name}; give a model folder, or a state dict, of this architecture")
@@ -78,6 +79,7 @@ def _start_from(detector: Detector, source: str, names: Sequence[str] | None) ->
         f"detector: {len(taken)} of {len(own)} tensors from {source}"
         + (f"; fresh are: {'; '.join(shown)}{more}" if fresh else "")
         + (f"; the classes there are {', '.join(there or ())[:200]}" if others else "")
+        + ("; it does not tell its classes: they are taken for the same" if unsure else "")
     )
 
 

@@ -42,4 +42,6 @@ def build_method(settings: Settings, student: Detector, teacher: Detector, frequ
         method = MaskSoftTeacher
         if settings.method.mixup:
             raise UserError("method.mixup: a mask can't be laid over another; set it to 0 for a maskrcnn detector")
+    if settings.method.mixup and settings.training.unlabeled_per_batch == 1:
+        raise UserError("method.mixup: lays two images over each other; set training.unlabeled_per_batch=2 or more")
     return method(student, teacher, settings, frequency)

@@ -137,10 +137,11 @@ def _train(
     frequency = {name: count / len(train_set) for name, count in train_set.class_counts().items()}
     method = build_method(settings, student, teacher, frequency)
     trainer = Trainer(student, teacher, method, settings, device)
+    labeled_images = distributed.world_size() * s.accumulate * s.labeled_per_batch
     say(
         f"train: {settings.method.name}, {settings.detector.name}, {len(train_set.categories)} classes, "
         f"{len(train_set)} labelled and {len(extra or ())} unlabelled images, {s.iterations} iterations of "
-        f"{_batch(settings)}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
+        f"{_batch(settings) if extra else f'{labeled_images} images'}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
         f"{str(student.precision).removeprefix('torch.')}"
     )
     if s.warmup_iterations >= s.iterations:

@@ -1,4 +1,4 @@
-"""The trainer's eye on the method: says in plain words why it is not learning, steps in where pseudo labels do harm."""
+"""Watches a training: says why the method does not learn, lowers the weight of pseudo labels that do harm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def guard(trainer: Trainer, ap: float) -> None:
     takes it away, which leaves supervised training.
 
     Args:
-        trainer: its method's `trust` is lowered, its weights may go back.
+        trainer: its method's `trust` is lowered, its weights may go back, without the optimizer's momentum.
         ap: the teacher's.
     """
     p, s = trainer.progress, trainer.settings
@@ -42,6 +42,7 @@ def guard(trainer: Trainer, ap: float) -> None:
     method.trust = 0.0 if p.harm > LAST else method.trust / 2
     trainer.teacher.load_state_dict(p.best["teacher"])
     trainer.student.load_state_dict(p.best["student"])
+    trainer.optimizer.state.clear()  # its momentum is that of the way which did harm
     what = f"their weight is {s.method.unsup_weight * method.trust:g} now" if method.trust else "they are left out now"
     say(
         f"step {p.step}: pseudo labels do harm: the teacher's AP is {ap:.3f}, {p.supervised:.3f} before them; "

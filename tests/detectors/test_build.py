@@ -64,6 +64,11 @@ def test_as_many_classes_but_others(tmp_path, capsys, kind, heads):
     capsys.readouterr()
     assert fresh("king", "ace", "ten") == heads
     assert "; the classes there are ace, king, ten" in capsys.readouterr().err
+    chosen = chosen.model_copy(update={"init_from": f"{tmp_path}/teacher.pt"})
+    assert fresh("king", "ace", "ten") == set()
+    assert "; it does not tell its classes: they are taken for the same" in capsys.readouterr().err
+    chosen = chosen.model_copy(update={"init_from": str(tmp_path)})
+    assert "taken for the same" not in capsys.readouterr().err
     (tmp_path / "classes.json").write_text("[1]")
     with pytest.raises(UserError, match=r"classes\.json is not ours"):
         fresh("ace", "king", "ten")

@@ -94,6 +94,13 @@ def test_a_weight_that_does_not_ask_the_teacher_counts_once(monkeypatch, name, k
     assert len(asked) == (2 if kind == "teacher_background" else 1)
 
 
+def test_one_image_is_refused():
+    settings = load_settings("demo", ["method.mixup=0.5", "training.unlabeled_per_batch=1"])
+    student = build(settings.detector, 1)
+    with pytest.raises(UserError, match="lays two images over each other"):
+        build_method(settings, student, student, {"cat": 1.0})
+
+
 def test_masks_are_refused():
     with pytest.raises(UserError, match="a mask can't be laid over another"):
         method("method.mixup=0.5", name="maskrcnn_tiny_fpn")

@@ -226,3 +226,18 @@ def test_regression_loss(reference):
     rois = RoIs(boxes, labels, torch.cat(targets), torch.tensor(float(len(labels))), labels)
     close(regression_loss(deltas, rois), reference("reg/loss_mmdet"))
     close(regression_loss(deltas, rois, "paper"), reference("reg/paper_per_fg"))
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_pseudo_boxes_in_the_students_frame(reference, image):
+    boxes, scores, labels = (reference(f"iter/pseudo_{k}/{image}") for k in ("orig_frame", "scores", "labels"))
+    to_student = reference(f"iter/H_student/{image}").double()
+    moved, keep = to_strong_view(Detections(boxes, scores, labels), to_student, torch.tensor([128, 128]))
+    assert keep.all()
+    close(moved.boxes, reference(f"iter/pseudo_student_frame/{image}"), atol=1e-3)
+
+
+def test_settings_of_the_reference(reference):
+    ours = load_settings(None, []).method
+    for key, theirs in (("unsup_weight", "unsup_weight"), ("jitter_times", "jitter_times"), ("jitter_scale",) * 2):
+        assert getattr(ours, key) == pytest.approx(float(reference(f"iter/cfg/{theirs}")))

@@ -43,8 +43,13 @@ def validations(made, *scores):
 
 def test_harm_halves_the_trust_and_goes_back(capsys):
     made = trainer()
-    validations(made, (100, 0.2), (200, 0.4), (300, 0.3))
+    made.student(torch.ones(1, 1)).sum().backward()
+    made.optimizer.step()
+    validations(made, (100, 0.2), (200, 0.4))
+    assert made.optimizer.state
+    validations(made, (300, 0.3))
     assert made.method.trust == 0.5
+    assert not made.optimizer.state  # no momentum of the way that did harm
     assert (made.teacher.weight, made.student.weight) == (7, 5)
     assert "step 300: pseudo labels do harm: the teacher's AP is 0.300, 0.400 before them" in capsys.readouterr().err
     validations(made, (400, 0.1))

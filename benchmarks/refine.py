@@ -36,7 +36,7 @@ def main() -> None:
     for n in range(a.rounds + 1):  # the first is not timed: files are cold, kernels not chosen
         for name, (detector, device) in models.items():
             start = time.perf_counter()
-            metrics = score(detector, dataset, source.settings, device)[0]
+            metrics = score(detector, dataset, source.settings, device).metrics
             if n:
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
             aps[name] = {key: metrics[key] for key in ("AP", "AP50", "AP75")}

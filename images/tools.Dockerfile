@@ -46,7 +46,7 @@ RUN find "$(python3 -c 'import sys; print(sys.prefix)')" -depth -regextype posix
 # a layer of its own for the library: a change of the source doesn't ship its dependencies again
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=library /opt/softteacher /opt/softteacher
-# the step that trains on many nodes imports components.trainjob; the others bring all their source
+# the steps that train on many nodes and that report import from it; the others bring all their source
 COPY components /opt/softteacher/components
 # /tmp is the one place that a read-only root file system leaves writable; USER: some clusters choose a uid without a name
 ENV PATH=/opt/venv/bin:/opt/softteacher/bin:$PATH PYTHONPATH=/opt/softteacher \

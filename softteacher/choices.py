@@ -1,4 +1,4 @@
-"""What may be chosen on the command line, which knows it before the command: importing this takes no time."""
+"""The choices that the command line offers, and their checks. Imports nothing slow: `--help` comes at once."""
 
 from __future__ import annotations
 

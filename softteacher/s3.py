@@ -163,8 +163,8 @@ def _patiently(uri: str | Path, action: Callable[[Any], T], *, in_parts: bool = 
     def hopeless(state: tenacity.RetryCallState) -> bool:
         seconds, error = state.seconds_since_start or 0.0, state.outcome and state.outcome.exception()
         if isinstance(error, ClientError):
-            _answered.add(_endpoint())
-        if _endpoint() not in _answered:
+            _answered.add(endpoint())
+        if endpoint() not in _answered:
             return seconds > START_PATIENCE and state.attempt_number >= 2
         # a body that breaks off after a minute deserves a second chance as well
         return seconds > PATIENCE and state.attempt_number >= (1 if in_parts else 3)
@@ -177,7 +177,7 @@ def _patiently(uri: str | Path, action: Callable[[Any], T], *, in_parts: bool = 
     )
     with _explained(uri):
         result = retrying(action, _client(3 if in_parts else 1))
-    _answered.add(_endpoint())
+    _answered.add(endpoint())
     return result
 
 
@@ -225,7 +225,7 @@ def _client(tries: int) -> Any:
             connect_timeout=5,
             read_timeout=READ_TIMEOUT,
             signature_version="s3v4",
-            s3={"addressing_style": "path"} if _endpoint() else None,
+            s3={"addressing_style": "path"} if endpoint() else None,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_supported",
         )
@@ -233,14 +233,15 @@ def _client(tries: int) -> Any:
         try:
             client = boto3.Session().client("s3", config=config, region_name=region)
         except ValueError as e:
-            raise UserError(f"AWS_ENDPOINT_URL_S3={_endpoint()}: {e}; write http://host:port") from None
+            raise UserError(f"AWS_ENDPOINT_URL_S3={endpoint()}: {e}; write http://host:port") from None
         for operation in ("PutObject", "UploadPart"):
             client.meta.events.register(f"before-call.s3.{operation}", _add_md5)
         _local.clients[tries] = client
     return _local.clients[tries]
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
+    """Where the store is, as the AWS variables say; none: at AWS."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
@@ -253,7 +254,7 @@ def _explained(uri: str | Path) -> Iterator[None]:
     """Turn the errors of S3 into one line that says what to do."""
     from boto3.exceptions import Boto3Error
 
-    where = f"S3 at {_endpoint() or 'AWS'}"
+    where = f"S3 at {endpoint() or 'AWS'}"
     later = "try again later, or ask who runs the store"
     try:
         yield

@@ -134,7 +134,7 @@ def plan(
     images.put(here, old)
     for n, fault, unchanged in zip(here, faults, same.tolist(), strict=True):
         images.faults[n] = fault or (images.faults[n] if unchanged else "")
-    todo = np.setdiff1d(np.arange(len(images)), np.array(here, np.int64)[same & (old.good() | _faulty(old))])
+    todo = np.setdiff1d(np.arange(len(images)), np.array(here, np.int64)[same & (old.good() | old.faulty())])
     shards = max(1, min(shards, len(todo)))
     there = set(images.uris)
     unseen = [n for n, uri in enumerate(known.uris) if uri not in there]
@@ -221,7 +221,3 @@ def hash_shard(plan: str, shard: int, out: str) -> dict[str, Any]:
         table.save(str(folder / "hashes.npz"))
     broken = sum(map(bool, table.faults))
     return {"shard": shard, "images": len(table), "broken": broken, "vanished": vanished}
-
-
-def _faulty(table: ImageTable) -> np.ndarray:
-    return np.array([bool(fault) for fault in table.faults], bool)

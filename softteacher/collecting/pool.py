@@ -61,8 +61,7 @@ class Pool:
         seen.round[~(same & seen.good() & before.good())] = 0
         self.images.put(rows, seen)
         # half of a file may be there while it is uploaded again: whole again it is of its old round
-        faulty = np.array([bool(fault) for fault in seen.faults], bool)
-        self._broken_now = rows[faulty & before.good() & (before.round > 0)]
+        self._broken_now = rows[seen.faulty() & before.good() & (before.round > 0)]
         self.looked = np.zeros(len(self.images), bool)
         self.looked[rows] = True
         self._before = self.images.round.copy()
@@ -120,7 +119,7 @@ class Pool:
         Raises:
             UserError: they are more than the share `max_bad` of those looked at now, and more than one.
         """
-        broken = rows[[bool(self.images.faults[n]) for n in rows.tolist()]]
+        broken = rows[self.images.faulty()[rows]]
         now = broken[self.looked[broken]]
         total = len(now) + int((self.looked[rows] & self.images.good()[rows]).sum())
         self.count("broken", [self.images.uris[n] for n in broken.tolist()])
@@ -136,7 +135,7 @@ class Pool:
 
     def changes(self) -> ImageTable:
         """The rows that the state doesn't have yet, or otherwise; of broken ones of a round it keeps what it has."""
-        known = self.images.good() | np.array([bool(fault) for fault in self.images.faults], bool)
+        known = self.images.good() | self.images.faulty()
         changed = np.flatnonzero((self.looked & known) | (self.images.round != self._before))
         return ImageTable.join([self.images.take(np.setdiff1d(changed, self._broken_now)), self._renamed])
 

@@ -89,6 +89,10 @@ class ImageTable:
         """[N] bool: which images were looked at and are whole."""
         return np.asarray(self.sha256.any(1))
 
+    def faulty(self) -> np.ndarray:
+        """[N] bool: which images can't be read."""
+        return np.array([bool(fault) for fault in self.faults], bool)
+
     def keys(self) -> np.ndarray:
         """[N] the sha256 as values that can be compared, sorted and looked up."""
         return np.ascontiguousarray(self.sha256).view(f"S{BYTES}")[:, 0]

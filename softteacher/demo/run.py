@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from softteacher import storage
+from softteacher import s3, storage
 from softteacher.choices import Runner, check_percent
 from softteacher.config import load_settings
 from softteacher.console import say, track
@@ -89,11 +88,10 @@ def demo(
     except OSError as e:
         raise UserError(f"--out {out}: can't be a folder ({e.strerror}); choose another") from None
     started = time.monotonic()
-    with _stopped_by_sigterm(), ExitStack() as servers:
-        if os.environ.get("AWS_ENDPOINT_URL_S3") or (data and storage.is_s3(data)):
-            base = f"{data}/../softteacher" if data and storage.is_s3(data) else f"s3://{BUCKET}"
-            base = "/".join(base.split("/")[:3])
-            say(f"store: yours, {os.environ.get('AWS_ENDPOINT_URL_S3', 'AWS')}, bucket {base}")
+    with ExitStack() as servers:
+        if s3.endpoint() or (data and storage.is_s3(data)):
+            base = "/".join(data.split("/")[:3]) if data and storage.is_s3(data) else f"s3://{BUCKET}"
+            say(f"store: yours, {s3.endpoint() or 'AWS'}, bucket {base}")
         else:
             store = servers.enter_context(seaweedfs(folder / "s3"))
             os.environ.update(store.env)
@@ -241,17 +239,3 @@ def _print_summary(facts: dict[str, Any]) -> None:
     print(f"Where it came from:\n{lineage.table(facts['lineage'])}", end="")
     for what, where in facts["places"].items():
         print(f"{what:<8} {where}")
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that every server is stopped."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

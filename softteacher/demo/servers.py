@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from softteacher import __version__, storage
+from softteacher import __version__, s3, storage
 from softteacher.errors import UserError
 
 TRITON_IMAGE = f"softteacher/triton:{__version__}"  # what `make images` builds
@@ -257,7 +257,7 @@ def _triton_environment(folder: Path) -> tuple[Path, dict[str, str]]:
 
 def _for_triton(repository: str) -> str:
     """The repository in the form that Triton takes: an endpoint of one's own goes into the URI, with its port."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = s3.endpoint()
     if not (repository.startswith("s3://") and endpoint):
         return repository
     scheme, _, host = endpoint.rstrip("/").partition("://")

@@ -26,7 +26,8 @@ class Detector(nn.Module):
         extra: makes the levels above stride 32.
 
     Attributes:
-        class_heads: names of the modules with an output row per class; `init_from` leaves them fresh where classes differ.
+        class_heads: names of the modules with an output row per class; `init_from` leaves them fresh where the
+            classes are others.
     """
 
     class_heads: tuple[str, ...]
@@ -66,7 +67,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def detect(self, features: list[Tensor], sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections after class-wise NMS, padded to K = `max_detections`.
+        """Detections after class-wise NMS; K is `max_detections`, or less where there are fewer candidates.
 
         Args:
             features: pyramid maps.
@@ -79,7 +80,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Detect objects: uint8 RGB [B, 3, H, W] and [B, 2] sizes in, one `Detections` an image out."""
+        """Detect objects: uint8 RGB [B, 3, H, W] and [B, 2] sizes in, one `Detections` per image out."""
         return self.detections(self.features(images), sizes)
 
     def detections(self, features: list[Tensor], sizes: Tensor) -> list[Detections]:

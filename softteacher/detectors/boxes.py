@@ -12,6 +12,7 @@ RPN_STD = (1.0, 1.0, 1.0, 1.0)
 HEAD_STD = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height over width
+FINEST = 56  # pixels; boxes from twice this side on go to the second level
 
 
 def anchors(sizes: list[tuple[int, int]], strides: list[int], scale: float, device: torch.device) -> list[Tensor]:
@@ -29,8 +30,8 @@ def anchors(sizes: list[tuple[int, int]], strides: list[int], scale: float, devi
     out = []
     ratio = torch.tensor(ASPECT_RATIOS, device=device).sqrt()
     for (height, width), stride in zip(sizes, strides, strict=True):
-        side = scale * stride / 2
-        base = torch.stack([-side / ratio, -side * ratio, side / ratio, side * ratio], 1)
+        half = scale * stride / 2
+        base = torch.stack([-half / ratio, -half * ratio, half / ratio, half * ratio], 1)
         y, x = torch.meshgrid(
             torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
         )
@@ -64,9 +65,13 @@ def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def pyramid_level(boxes: Tensor, levels: int) -> Tensor:
-    """The pyramid level [N], 0 to levels - 1, that each box [N, 4] is pooled on (FPN paper, Eq. 1)."""
+    """The pyramid level [N], 0 to levels - 1, that each box [N, 4] is pooled on.
+
+    Eq. 1 of the FPN paper for a pyramid that begins at stride 4. Levels count from the finest, as in mmdetection: one
+    that begins at stride 8 (`detector.finest_stride`) pools every box a stride coarser than the paper would.
+    """
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return (area.clamp(min=0).sqrt() / 56 + 1e-6).log2().floor().clamp(0, levels - 1).long()
+    return (area.clamp(min=0).sqrt() / FINEST + 1e-6).log2().floor().clamp(0, levels - 1).long()
 
 
 def nms_mask(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:

@@ -171,16 +171,7 @@ class FasterRCNN(Detector):
         return roi_pool(features[:-1], self.strides[:-1], rois, self.settings.sampling_ratio, side)
 
     def detect(self, features: list[Tensor], sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections after class-wise NMS, padded to K = `max_detections`.
-
-        Args:
-            features: pyramid maps.
-            sizes: [B, 2] (height, width) of the images before padding.
-            training: with the number of proposals of training (the teacher's pseudo boxes).
-
-        Returns:
-            Boxes [B, K, 4], scores [B, K], labels [B, K] int64, best first; a score of 0 marks an unused place.
-        """
+        """See `Detector`; in training with as many proposals as training has."""
         proposals, valid = self.proposals(self.rpn(features), sizes, training)
         logits, deltas = self.box_head(features, proposals)
         batch, count = valid.shape
@@ -202,10 +193,10 @@ class FasterRCNN(Detector):
 
     def losses(self, views: Views) -> dict[str, Tensor]:
         """The four losses of Faster R-CNN on labelled views, each of weight 1."""
-        return self.box_losses(views)[0]
+        return self.losses_and_rois(views)[0]
 
-    def box_losses(self, views: Views) -> tuple[dict[str, Tensor], list[Tensor], RoIs]:
-        """The same with the pyramid maps and the sampled RoIs that they come from."""
+    def losses_and_rois(self, views: Views) -> tuple[dict[str, Tensor], list[Tensor], RoIs]:
+        """The losses, and the pyramid maps and sampled RoIs that they come from."""
         s, noise = self.settings, views.noise()
         features = self.features(views.images)
         with torch.no_grad():

@@ -108,16 +108,7 @@ class FCOS(Detector):
         return Dense(torch.cat(logits, 1), boxes, torch.cat(centerness, 1), locations, strides, levels)
 
     def detect(self, features: list[Tensor], sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections after class-wise NMS, padded to K = `max_detections`; scores are sqrt(class * centerness).
-
-        Args:
-            features: what `features` gave.
-            sizes: [B, 2] (height, width) of the images before padding.
-            training: makes no difference, as there are no proposals.
-
-        Returns:
-            Boxes [B, K, 4], scores [B, K], labels [B, K] int64, best first; a score of 0 marks an unused place.
-        """
+        """See `Detector`; scores are sqrt(class * centerness), and training makes no difference: no proposals."""
         dense = self.predict(features)
         scores = (dense.logits.sigmoid() * dense.centerness.sigmoid()[..., None]).sqrt()
         scores = scores * ((scores > self.settings.score_threshold) & inside(dense.locations, sizes)[..., None])

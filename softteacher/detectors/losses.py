@@ -24,7 +24,7 @@ def assign(
         positive: IoU from which a candidate is positive.
         negative: IoU under which it is negative; in between it is ignored.
         low_quality: every box takes the candidates of its highest IoU, if that is at least `min_positive`.
-        min_positive: see there.
+        min_positive: lowest IoU at which `low_quality` matches.
 
     Returns:
         [N] int64: index of the matched box, -1 for negative, -2 for ignored.

@@ -68,7 +68,7 @@ class MaskRCNN(FasterRCNN):
 
     def losses(self, views: Views) -> dict[str, Tensor]:
         """The four losses of Faster R-CNN and `mask`, each of weight 1; views without masks have no mask loss."""
-        losses, features, rois = self.box_losses(views)
+        losses, features, rois = self.losses_and_rois(views)
         if views.masks is None:
             return losses
         positive = rois.labels < self.classes

@@ -63,10 +63,10 @@ def analyze(
             module = Observer(detector, source.settings, source.classes) if name == weights else detector
             found = detect_dataset(module, dataset, source.settings, device, "analyze")
             scored[name] = score_found(dataset, found, source.settings)
-            say_score(name, scored[name][0])
+            say_score(name, scored[name].metrics)
             if name == weights:
                 observed = {image_id: d for image_id, d in found.items() if isinstance(d, Observed)}
-        readable = scored[weights][2]
+        readable = scored[weights].dataset
         boxes = match(readable, observed)
         facts: dict[str, Any] = {"weights": weights, "source": data, "images": len(readable)}
         facts |= summarize(boxes, readable.class_counts(), source.settings.method)

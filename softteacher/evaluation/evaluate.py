@@ -84,8 +84,8 @@ def evaluate(
             return {"images": len(found[weights or "teacher"])}
         scored: dict[Weights, Scored] = {}
         for name in found:
-            scored[name] = score_both(dataset, found[name], source.settings)
-            say_score(name, scored[name][0])
+            scored[name] = score_at_both_thresholds(dataset, found[name], source.settings)
+            say_score(name, scored[name].metrics)
         with storage.output_folder(out) as folder:
             return write_evaluation(folder, source, scored, weights or "teacher")
 
@@ -150,13 +150,13 @@ def load_detector(source: ModelFolder, weights: Weights) -> tuple[Detector, torc
     return detector, device
 
 
-def score_both(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:
-    """What `score_found` gives for those above `detector.score_threshold`, and AP of all: nothing above it changes."""
+def score_at_both_thresholds(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:
+    """How those above `detector.score_threshold` do, and AP of all of them, from a score of `LOW_SCORE` on."""
     above = {image: d[d.scores > settings.detector.score_threshold] for image, d in found.items()}
-    metrics, results, readable = score_found(dataset, above, settings)
+    scored = score_found(dataset, above, settings)
     if not settings.detector.masks:
-        metrics[LOW_SCORES] = average_precision(readable, coco_results(readable, found))
-    return metrics, results, readable
+        scored.metrics[LOW_SCORES] = average_precision(scored.dataset, coco_results(scored.dataset, found))
+    return scored
 
 
 def say_score(name: str, metrics: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ def write_evaluation(
     """
     numbers, results, readable = scored[shown]
     metrics = numbers | {"weights": shown, "confusion": confusion(readable, results), "overrides": source.overrides}
-    metrics |= {name: found[0] for name, found in scored.items()}
+    metrics |= {name: found.metrics for name, found in scored.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (folder / "detections.json").write_text(json.dumps(results))
     page = write_report(readable, results, metrics, source.provenance, sections)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,19 @@ from softteacher.evaluation.metrics import coco_metrics, coco_results
 from softteacher.evaluation.shard import Shard
 from softteacher.storage import MissingFile, read_bytes
 
-# COCO metrics, detections in COCO results format, and the data set without broken images
-Scored = tuple[dict[str, Any], list[dict[str, Any]], CocoDataset]
+
+class Scored(NamedTuple):
+    """What an evaluation gives.
+
+    Attributes:
+        metrics: of COCO, see `coco_metrics`.
+        results: the detections in COCO results format.
+        dataset: without the images that could not be read.
+    """
+
+    metrics: dict[str, Any]
+    results: list[dict[str, Any]]
+    dataset: CocoDataset
 
 
 @torch.inference_mode()
@@ -40,14 +51,22 @@ def detect_dataset(
     keep: Callable[[int, Detections], Detections] = lambda _, d: d,
     read: Callable[[str], bytes] = read_bytes,
 ) -> dict[int, Detections]:
-    """Detections (numpy, pixels of the original image) by image id; broken images are counted and left out.
+    """Detections by image id; broken images are counted and left out.
 
-    The detector is a `Detector`, or another module that is called like one, e.g. an `Observer`.
+    Of many processes each takes a share of the batches, and gets all detections.
 
-    Of many processes each takes a share of the batches, and gets all detections. With a shard there are only those of
-    its share of the batches, which are the same that they are without. `keep` is called with the id and detections of
-    each image as they come; what it returns stays in memory. `read` gives the bytes of an image file, from several
-    threads.
+    Args:
+        detector: a `Detector`, or another module that is called like one, e.g. an `Observer`.
+        dataset: its boxes are not looked at.
+        settings: test size, batch, workers, and the share of broken images that is survived.
+        device: where the detector is.
+        title: of the progress bar.
+        shard: detect in its share of the batches only, which are the same that they are without.
+        keep: of the id and detections of an image what stays in memory; called as they come.
+        read: gives the bytes of an image file; called from several threads.
+
+    Returns:
+        `Detections` of numpy arrays, in pixels of the original images.
 
     Raises:
         UserError: more images are broken than `data.max_bad_images` allows.
@@ -107,12 +126,12 @@ def score(
     device: torch.device,
     read: Callable[[str], bytes] = read_bytes,
 ) -> Scored:
-    """COCO metrics of a detector, its detections in COCO results format, and the data set without broken images."""
+    """How a detector does on a data set with boxes."""
     return score_found(dataset, detect_dataset(detector, dataset, settings, device, read=read), settings)
 
 
 def score_found(dataset: CocoDataset, found: dict[int, Detections], settings: Settings) -> Scored:
-    """What `score` gives, of detections that are there already.
+    """How detections that are there already do.
 
     Raises:
         UserError: the size of an image is not known, which masks need; its shard may have read it.
@@ -124,4 +143,5 @@ def score_found(dataset: CocoDataset, found: dict[int, Detections], settings: Se
             "the image back, or write its width and height"
         )
     results = coco_results(dataset, found)
-    return distributed.once(lambda: coco_metrics(dataset, results, settings.detector.masks)), results, dataset
+    metrics = distributed.once(lambda: coco_metrics(dataset, results, settings.detector.masks))
+    return Scored(metrics, results, dataset)

@@ -26,7 +26,7 @@ def regression_variance(refined: Tensor, detected: Tensor | None = None) -> Tens
     Args:
         refined: [T, N, 4], the T refined copies of N boxes.
         detected: [N, 4], the boxes themselves, for the paper's form: all coordinates over half of their width + height
-            (Eq. 7). Without them the code's form: each coordinate over its own side of the mean refined box.
+            (Eq. 7). Without them the authors' code's form: each coordinate over its own side of the mean refined box.
 
     Returns:
         [N], the unbiased standard deviation over the copies relative to the side, mean of 4 coordinates.

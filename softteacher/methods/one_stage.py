@@ -18,7 +18,7 @@ from softteacher.methods.soft_teacher import SoftTeacher
 
 
 class OneStageSoftTeacher(SoftTeacher):
-    """The method with an FCOS for student and teacher. The paper has two-stage detectors only; here
+    """The method with an FCOS for student and teacher. The paper has two-stage detectors only. Here:
 
     - pseudo boxes are the teacher's detections, as there; their scores are sqrt(class * centerness);
     - the teacher's boxes at the `jitter_times` locations that fit a pseudo box best take the place of refined jittered

@@ -1,4 +1,4 @@
-"""From which score on a pseudo box teaches: one number for all (paper), or one a class that follows the teacher."""
+"""Score thresholds of pseudo boxes: one for all classes (paper), or one per class that follows the teacher."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ SCORE = 0.3  # boxes under it are not compared: detectors answer dozens of them
 
 
 @dataclass
-class Canary:
+class CanaryReport:
     """How a candidate did in the requests of this client. Boxes are those of score `SCORE` and above.
 
     Attributes:
@@ -108,10 +108,10 @@ class CanaryWatch:
         self._polling = threading.Lock()
         self._next_look = 0.0
         self._candidate: ServedModel | None = None
-        self._report: Canary | None = None
+        self._report: CanaryReport | None = None
 
     @property
-    def report(self) -> Canary | None:
+    def report(self) -> CanaryReport | None:
         """What is known of the candidate, also after it has gone; none if there never was one."""
         with self._lock:
             return self._report and replace(self._report)
@@ -137,7 +137,7 @@ class CanaryWatch:
             if candidate and candidate.canary:
                 share, version = candidate.canary
                 if self._report is None or self._report.version != version:
-                    self._report = Canary(self._name, version, share)
+                    self._report = CanaryReport(self._name, version, share)
                 self._report.share = share
 
     def draw(self) -> ServedModel | None:

@@ -17,7 +17,7 @@ from PIL import Image
 from softteacher.data.images import MAX_PIXELS, as_rgb, load_image, original_size
 from softteacher.detections import Detections
 from softteacher.errors import UserError
-from softteacher.serving.canary import Canary, CanaryWatch
+from softteacher.serving.canary import CanaryReport, CanaryWatch
 from softteacher.serving.connection import NotServed, Refused, Unavailable, open_connection, patiently
 from softteacher.serving.connection import connect as connect
 from softteacher.serving.connection import explained as explained
@@ -127,7 +127,7 @@ class Client:
         return self._model.categories
 
     @property
-    def canary(self) -> Canary | None:
+    def canary(self) -> CanaryReport | None:
         """How the candidate did so far, also after it has gone; none if there never was one."""
         return self._canary.report
 

@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 
 def difference(run: dict[str, Any], other: dict[str, Any]) -> str:
-    """In what another run is another one, the first three things; empty if it is this one."""
+    """How the identity of another run differs from that of this one, three items at most; empty where it does not."""
     odd = [k for k in {**run, **other} if run.get(k) != other.get(k)]
     said = [f"{k} is {run.get(k)!r:.80}, there it was {other.get(k)!r:.80}" for k in odd[:3]]
     return "; ".join([*said, f"and {len(odd) - 3} more"] if len(odd) > 3 else said)

@@ -27,7 +27,7 @@ def launch(
     checkpoints: str | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Run `softteacher.training.train.train`, which see.
+    """Train in this process, or in several; the other arguments are those of `softteacher.training.train.train`.
 
     Args:
         processes: on this machine; 0: one for each GPU, or one. Under torchrun this process is one of those that it

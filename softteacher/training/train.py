@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 
-from softteacher import __version__, distributed, storage
+from softteacher import distributed, storage
 from softteacher.config import Settings, read_settings
 from softteacher.console import console, say
 from softteacher.data.cache import ImageCache
@@ -34,21 +26,12 @@ from softteacher.evaluation.inference import score
 from softteacher.methods import build_method
 from softteacher.model_folder import ModelFolder, origin
 from softteacher.storage import join
-from softteacher.training.checkpoint import Checkpoints, difference
+from softteacher.training.checkpoint import Checkpoints
+from softteacher.training.identity import batch_of, burn_in_of, finished, flat, identity
 from softteacher.training.log import log_files
+from softteacher.training.provenance import surroundings
 from softteacher.training.self_label import self_label
 from softteacher.training.trainer import Trainer, run_training
-
-# a run may go on with others of these: they decide where and how fast it runs; the batch counts as a whole
-_INDIFFERENT = {
-    "data.workers",
-    "data.max_bad_images",
-    *(f"training.{key}" for key in ("device", "threads", "log_every", "evaluate_batch", "keep_checkpoints")),
-    *(f"training.{key}" for key in ("checkpoint_every", "labeled_per_batch", "unlabeled_per_batch", "accumulate")),
-    "training.separate_backward",
-    "training.reference_batch",  # what follows from it does matter
-    "method.burn_in_cache",
-}
 
 
 def train(
@@ -112,8 +95,8 @@ def _train(
         require_masks(val_set)
     extra = _unlabeled(unlabeled, train_set, val_set, settings)
     sets = {"labeled": train_set} | ({"unlabeled": extra} if extra else {})
-    run = _identity(settings, {**sets, "validation": val_set})
-    if done := distributed.once(lambda: _finished(out, run)):
+    run = identity(settings, {**sets, "validation": val_set})
+    if done := distributed.once(lambda: finished(out, run)):
         say(f"train: {out} holds the model of this very run; nothing to do")
         return done
     if s != asked:
@@ -141,7 +124,8 @@ def _train(
     say(
         f"train: {settings.method.name}, {settings.detector.name}, {len(train_set.categories)} classes, "
         f"{len(train_set)} labelled and {len(extra or ())} unlabelled images, {s.iterations} iterations of "
-        f"{_batch(settings) if extra else f'{labeled_images} images'}, lr {s.lr:g}, {distributed.world_size()} x {device}, "
+        f"{batch_of(settings) if extra else f'{labeled_images} images'}, lr {s.lr:g}, "
+        f"{distributed.world_size()} x {device}, "
         f"{str(student.precision).removeprefix('torch.')}"
     )
     if s.warmup_iterations >= s.iterations:
@@ -149,8 +133,8 @@ def _train(
             f"warning: training.warmup_iterations = {s.warmup_iterations}, but there are {s.iterations} iterations: lr "
             f"never comes up to {s.lr:g}; set less"
         )
-    usual = _flat(Settings())
-    other = [f"{key}={value}" for key, value in _flat(settings).items() if value != usual[key]]
+    usual = flat(Settings())
+    other = [f"{key}={value}" for key, value in flat(settings).items() if value != usual[key]]
     say(f"train: settings that are not the default: {', '.join(other) or 'none'}")
     if method.seen is not None and settings.method.guard and not (settings.burn_in_steps and s.evaluate_every):
         say(
@@ -163,7 +147,7 @@ def _train(
 
     def validate(*names: str) -> dict[str, dict[str, Any]]:
         detectors = {"teacher": teacher, "student": student}
-        return {name: score(detectors[name], val_set, settings, device, read)[0] for name in names}
+        return {name: score(detectors[name], val_set, settings, device, read).metrics for name in names}
 
     with storage.output_folder(out) if main else contextlib.nullcontext() as folder:
         # where it can be looked at while training goes on, and after a run that was stopped
@@ -172,7 +156,7 @@ def _train(
             say(f"train: the log is in {log}; look at it: tensorboard --logdir {log}")
         checkpoints = Checkpoints(place, run, s.keep_checkpoints)
         cache = settings.method.burn_in_cache if settings.burn_in_steps else None
-        burn_in = Checkpoints(cache, _burn_in(run), keep=1) if cache else None
+        burn_in = Checkpoints(cache, burn_in_of(run), keep=1) if cache else None
         state = distributed.once(checkpoints.load)
         if not state and burn_in and (state := distributed.once(burn_in.load)):
             state |= {"method": method.state()}  # the methods differ from here on
@@ -201,9 +185,7 @@ def _train(
             student.load_state_dict(best["student"])
         metrics = best["metrics"] | validate("student") if best else validate("teacher", "student")
         if folder:
-            provenance = {
-                "format": 1,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            facts = {
                 "method": settings.method.name,
                 "seed": s.seed,
                 "run": run,
@@ -212,19 +194,9 @@ def _train(
                     for name, d in {**sets, "validation": val_set}.items()
                 },
                 "parent": parent,
-                "git_sha": git_sha(),
-                "image": os.environ.get("SOFTTEACHER_IMAGE"),
-                "run_id": os.environ.get("SOFTTEACHER_RUN"),
-                "versions": versions(),
-                "machine": {
-                    "platform": platform.platform(),
-                    "device": str(device),
-                    "processes": distributed.world_size(),
-                    "threads": torch.get_num_threads(),
-                    "precision": str(student.precision).removeprefix("torch."),
-                },
                 "training": trainer.progress.facts(),
             }
+            provenance = facts | surroundings(device, student.precision)
             ModelFolder.write(folder, student, teacher, settings, val_set, metrics, provenance)
     if main:
         checkpoints.remove()
@@ -282,85 +254,6 @@ def _like_parent(settings: Settings) -> Settings:
     from_nothing = old.norm == "auto" and old.backbone_weights is None and old.init_from is None
     norm = "group" if from_nothing else old.norm
     return settings.model_copy(update={"detector": new.model_copy(update={"norm": norm})})
-
-
-def _batch(settings: Settings) -> str:
-    """The images of a step, all processes together."""
-    s = settings.training
-    times = distributed.world_size() * s.accumulate
-    return f"{times * s.labeled_per_batch} + {times * s.unlabeled_per_batch} images"
-
-
-def _flat(settings: Settings) -> dict[str, Any]:
-    tree = settings.model_dump(mode="json")
-    return {f"{group}.{key}": value for group, values in tree.items() for key, value in values.items()}
-
-
-def _identity(settings: Settings, sets: dict[str, CocoDataset]) -> dict[str, Any]:
-    """What makes a run this run: the settings that decide its result, the batch of all processes, and the data."""
-    kept = {
-        k: v
-        for k, v in _flat(settings).items()
-        if k not in _INDIFFERENT and not k.startswith(("export.", "data.cache_"))
-    }
-    prints = {
-        f"data set {name}": d.fingerprint(masks=settings.detector.masks and name != "unlabeled")
-        for name, d in sets.items()
-    }
-    return {**kept, "batch": _batch(settings), **prints}
-
-
-def _burn_in(run: dict[str, Any]) -> dict[str, Any]:
-    """What makes the burn-in of a run this burn-in: not the method, but its moving average, nor unlabelled images."""
-    shared = ("method.burn_in", "method.ema_momentum", "method.ema_ramp")
-    return {k: v for k, v in run.items() if (not k.startswith("method.") or k in shared) and k != "data set unlabeled"}
-
-
-def _finished(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the model at `out`, if there is a whole one.
-
-    Raises:
-        UserError: it is of another run, whose work would be lost.
-    """
-    try:
-        other = dict(json.loads(storage.read_bytes(join(out, "provenance.json")))["run"])
-        metrics = json.loads(storage.read_bytes(join(out, "metrics.json")))
-    except (storage.MissingFile, ValueError, KeyError, TypeError):
-        return None
-    if odd := difference(run, other):
-        raise UserError(
-            f"{out}: holds the model of another run ({odd}); choose another folder for this one, or remove it"
-        )
-    return metrics
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    return {
-        "softteacher": __version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def git_sha() -> str | None:
-    """Commit of the code, `-dirty` if the package is changed; none outside a checkout.
-
-    An image knows it by `SOFTTEACHER_GIT_SHA`.
-    """
-    if sha := os.environ.get("SOFTTEACHER_GIT_SHA"):
-        return sha
-    git = ["git", "-C", str(Path(__file__).parents[1])]
-    try:
-        sha, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "."])
-        )
-        return sha + "-dirty" * bool(changes)
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _unlabeled(

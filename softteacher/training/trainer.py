@@ -55,7 +55,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         skipped: steps whose gradient was not finite.
-        in_a_row: the last of them that followed each other.
+        in_a_row: how many steps up to now were skipped, one after the other.
         images: views that the student saw, in all processes.
         seconds: spent, evaluations included.
         evaluating: seconds of them spent in evaluations.
@@ -67,7 +67,7 @@ class Progress:
         best: step, metrics and weights of the best validation, by the teacher's AP.
         supervised: best AP of the teacher before it labelled anything.
         harm: how often the guard stepped in.
-        said: warnings that were given.
+        said: keys of the warnings that were given.
     """
 
     step: int = 0
@@ -235,7 +235,7 @@ def run_training(
         log_folder: gets `training.jsonl` and TensorBoard events; none in all processes but one.
         checkpoints: written every `checkpoint_every` steps, at the end and when the process is told to stop; none:
             in all processes but one, or without checkpoints.
-        validate: metrics of teacher and student, every `evaluate_every` steps and at the end, and that of burn-in.
+        validate: metrics, at least of `teacher`, every `evaluate_every` steps and at the end, and that of burn-in.
         burn_in: gets the state at the end of burn-in, for runs of other methods.
 
     Raises:

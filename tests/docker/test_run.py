@@ -100,7 +100,7 @@ def test_interrupted_demo_leaves_no_container(engine, data, tmp_path):
     assert project_containers(engine), "".join(lines)
     run.send_signal(signal.SIGTERM)
     rest = run.communicate(timeout=90)[0]
-    assert run.returncode == 130, "".join(lines) + rest
+    assert run.returncode == 143, "".join(lines) + rest
     assert "Traceback" not in rest
     assert left_behind(engine) == []
 

@@ -13,7 +13,7 @@ from softteacher.data.coco import load_coco
 from softteacher.detections import Detections
 from softteacher.errors import UserError
 from softteacher.evaluation.analyze import analyze
-from softteacher.evaluation.evaluate import evaluate, score_both
+from softteacher.evaluation.evaluate import evaluate, score_at_both_thresholds
 from softteacher.evaluation.metrics import KEYS, LOW_SCORES
 from softteacher.model_folder import ModelFolder, sha256
 from tests.evaluation.test_metrics import original
@@ -90,7 +90,7 @@ def test_what_is_found_with_little_score_counts_in_one_of_the_two(manifests):
     dataset = load_coco(manifests / "validation.json")
     truth = {image.id: dataset.targets(n) for n, image in enumerate(dataset.images)}
     found = {i: Detections(boxes, np.full(len(labels), 0.01), labels) for i, (boxes, labels, *_) in truth.items()}
-    metrics, results, _ = score_both(dataset, found, Settings())
+    metrics, results, _ = score_at_both_thresholds(dataset, found, Settings())
     assert metrics["AP"] == 0
     assert metrics[LOW_SCORES] == pytest.approx(1)
     assert results == []

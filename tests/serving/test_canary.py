@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from softteacher.detections import Detections
-from softteacher.serving.canary import Canary
+from softteacher.serving.canary import CanaryReport
 
 
 def found(*rows: tuple[float, int, list[float]]) -> Detections:
@@ -35,7 +35,7 @@ THIRD = [0, 0, 10, 30]  # IoU with SQUARE .33
 def test_pairs(
     live: Detections, candidate: Detections, boxes: tuple[int, int], matched: int, difference: float
 ) -> None:
-    canary = Canary("x", 2, 0.1)
+    canary = CanaryReport("x", 2, 0.1)
     for n in (1, 2):  # counts add up, the mean stays
         canary.add([live], [candidate], (2.0, 3.0))
         assert (canary.images, canary.boxes_live, canary.boxes_candidate) == (n, n * boxes[0], n * boxes[1])

@@ -95,7 +95,8 @@ def test_killed_again_and_again(manifests, tmp_path, whole):
 def test_burn_in_is_shared(manifests, tmp_path, whole, capsys):
     """Supervised training leaves its burn-in for Soft Teacher, which ends as if it had done all by itself."""
     chosen = [*CHOSEN, f"method.burn_in_cache={tmp_path}/burn_in"]
-    train(*sources(manifests), str(tmp_path / "s"), load_settings("demo", [*chosen, "method.name=supervised"]))
+    other = [*chosen, "method.name=supervised", "training.unlabeled_per_batch=1"]  # of which it reads none
+    train(*sources(manifests), str(tmp_path / "s"), load_settings("demo", other))
     assert "goes on" not in capsys.readouterr().err
     train(*sources(manifests), str(tmp_path / "m"), load_settings("demo", chosen))
     assert f"goes on at step 3 of 12, from {tmp_path}/burn_in" in capsys.readouterr().err.replace("\n", "")

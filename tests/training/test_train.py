@@ -15,6 +15,7 @@ from softteacher import storage
 from softteacher.config import load_settings, read_settings
 from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
+from softteacher.evaluation.inference import Scored
 from softteacher.model_folder import ModelFolder, sha256
 from softteacher.training.train import for_batch, train
 from tests.faulty import FaultyProxy
@@ -153,7 +154,7 @@ def test_what_is_written_are_the_best_weights_of_both(manifests, tmp_path, monke
 
         def score(detector, *_, scored=scored, answers=answers):
             scored.append({k: v.clone() for k, v in detector.state_dict().items()})
-            return {"AP": answers[len(scored) - 1]}, [], None
+            return Scored({"AP": answers[len(scored) - 1]}, [], None)
 
         monkeypatch.setattr("softteacher.training.train.score", score)
         out = tmp_path / f"best-{best}"

@@ -33,7 +33,8 @@ from softteacher.config import Settings, load_settings
 from softteacher.data.split import find_annotations, split
 from softteacher.errors import UserError
 
-ORACLE = "soft_teacher-oracle"  # no method, but the limit of one: see oracle.py
+# no methods, but the limits of some: see oracle.py
+ORACLES = {"soft_teacher-oracle": ("soft_teacher", []), "mean_teacher-oracle": ("mean_teacher", [])}
 # method of the library, and the presets and settings that change it
 METHODS = {
     "supervised": ("supervised", []),
@@ -58,7 +59,7 @@ SWITCHES = {
 PAPER = [*(change for changes in SWITCHES.values() for change in changes), "method.pool_threshold=0.5"]
 PAPER += ["method.reg_variance_threshold=0.02", "method.unsup_weight=4"]
 OTHERS = {name: ("soft_teacher", changes) for name, changes in SWITCHES.items()}
-OTHERS |= {"soft_teacher-paper": ("soft_teacher", PAPER), ORACLE: ("soft_teacher", [])}
+OTHERS |= {"soft_teacher-paper": ("soft_teacher", PAPER)} | ORACLES
 DEFAULT = ["supervised", "supervised_full", "mean_teacher", "soft_teacher"]
 
 
@@ -186,7 +187,7 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     if name != "supervised_full":  # it has other labels
         overrides.append(f"method.burn_in_cache={json.dumps(str(data / 'burn_in'))}")
     labeled = data / ("full.json" if name == "supervised_full" else "labeled.json")
-    program = [str(Path(__file__).with_name("oracle.py"))] if name == ORACLE else ["-m", "softteacher"]
+    program = [str(Path(__file__).with_name("oracle.py"))] if name in ORACLES else ["-m", "softteacher"]
     command = [sys.executable, *program, "train", "--labeled", labeled, "--out", out, "--preset", preset]
     command += ["--unlabeled", data / "unlabeled.json", "--validation", data / "validation.json"]
     for override in overrides:

@@ -1,10 +1,13 @@
-"""`softteacher train` with pseudo boxes that are true: how far Soft Teacher would come with a teacher that never errs.
+"""`softteacher train` with pseudo boxes that are true: how far a method would come with a teacher that never errs.
 
     python benchmarks/oracle.py train --labeled ... --unlabeled ... --validation ... --out DIR
 
-The hidden label of every object that a pseudo box finds which teaches the classification stands in its place; all
-others are background. Regression is taught the same boxes, as by `method.reg_confident`. `benchmarks/accuracy.py` runs
-it as the method `soft_teacher-oracle`. Faster R-CNN only.
+`--method soft_teacher` (`soft_teacher-oracle` of `benchmarks/accuracy.py`): the hidden label of every object that a
+pseudo box finds which teaches the classification stands in its place; all others are background. Regression is taught
+the same boxes, as by `method.reg_confident`. Faster R-CNN only.
+
+`--method mean_teacher` (`mean_teacher-oracle`): all hidden labels, found or not. It is the limit of whatever labels the
+unlabelled images of as many steps: what is missing to `supervised_full` then is not for want of labels.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from softteacher.detectors.faster_rcnn import FasterRCNN
 from softteacher.errors import UserError
 from softteacher.methods import METHODS
 from softteacher.methods.base import Unlabeled
+from softteacher.methods.mean_teacher import MeanTeacher
 from softteacher.methods.soft_teacher import SoftTeacher
 
-SURE = 0.999  # above every threshold
+SURE = 2.0  # above every threshold
 
 
 class Oracle(SoftTeacher):
@@ -47,6 +51,18 @@ class Oracle(SoftTeacher):
         return super().unsupervised_losses(true, part)
 
 
+class AllObjects(MeanTeacher):
+    """Mean teacher whose pseudo boxes are the hidden labels."""
+
+    def unsupervised_losses(
+        self, found: list[Detections], part: Unlabeled
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """See `MeanTeacher`."""
+        pairs = zip(part.weak.boxes, part.weak.labels, strict=True)
+        true = [Detections(boxes, torch.full_like(boxes[:, 0], SURE), labels) for boxes, labels in pairs]
+        return super().unsupervised_losses(true, part)
+
+
 if __name__ == "__main__":
-    METHODS["soft_teacher"] = Oracle
+    METHODS |= {"soft_teacher": Oracle, "mean_teacher": AllObjects}
     main()

@@ -180,13 +180,15 @@ def test_a_data_set_that_is_not_like_others(accuracy: ModuleType, tmp_path: Path
     command += ["--work", str(tmp_path / "work"), "--folds", "1", "--quick", "--percent", "20", "--preset", "demo"]
     for setting in TINY:
         command += ["--set", setting]
-    done = subprocess.run([*command, "--methods", "supervised", "supervised_full", "soft_teacher", "stac"])
+    done = subprocess.run(
+        [*command, "--methods", "supervised", "supervised_full", "soft_teacher", "stac", "mean_teacher-oracle"]
+    )
     told = capfd.readouterr()
     assert not done.returncode, told
     assert "a fifth of its images validates" in told.out
     summary = json.loads((tmp_path / "work" / "quick" / "accuracy-set #1: day-20.json").read_text())
     runs = {name: m["runs"] for name, m in summary["methods"].items()}
-    assert list(runs) == ["supervised", "supervised_full", "stac", "soft_teacher"]
+    assert list(runs) == ["supervised", "supervised_full", "stac", "soft_teacher", "mean_teacher-oracle"]
     assert all(run["same_start"] for (run,) in runs.values())
 
 

@@ -115,6 +115,12 @@ def split(
     missing = [name for name, n in labeled.class_counts().items() if not n and train.class_counts()[name]]
     if missing:
         say(f"warning: no labelled box of {', '.join(missing)}; they can't be learnt (try --stratify or more percent)")
+    bare = len(labeled) - len(np.unique(labeled.annotations.image_index))
+    if 2 * bare > len(labeled):
+        say(
+            f"warning: {bare} of the {len(labeled)} labelled images have no box: each teaches that all in it is "
+            "background; take those out of the json that nobody has labelled yet"
+        )
     if more:
         more = check_images(without(more, train, validation), max_bad_images, "check unlabeled")
         rest = merge_images(rest, more, max(i.id for i in [*train.images, *validation.images]) + 1)

@@ -128,6 +128,16 @@ def test_missing_classes_are_named(data, tmp_path, capsys):
     assert "warning: no labelled box of dog" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("bare", "told"), [(10, False), (11, True)])
+def test_labelled_images_without_boxes_are_told(tmp_path, capsys, bare, told):
+    tree = coco_tree(20)
+    tree["annotations"] = [row for row in tree["annotations"] if row["image_id"] > bare]
+    folder = write_coco(tmp_path / "set", tree)
+    split(str(folder), str(tmp_path / "out"), percent=100, unlabeled=str(write_coco(tmp_path / "more") / "images"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert (f"warning: {bare} of the 20 labelled images have no box" in said) is told
+
+
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_more_unlabelled_images(data, tmp_path, where, request, monkeypatch):
     more = tmp_path / "more"

@@ -41,7 +41,8 @@ def gate(
     import shutil
     from pathlib import Path
 
-    from softteacher.serving.gate import Bounds, gate
+    from softteacher.choices import Bounds
+    from softteacher.serving.gate import gate
 
     bounds = Bounds(delta, max_class_drop, max_latency_ratio, require_significant)
     answer = gate(onnx.path, repository, name, bounds=bounds, out=results.path)

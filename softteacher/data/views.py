@@ -1,7 +1,8 @@
 """Weak and strong views of an image, each with the 3x3 matrix that maps original to view pixels (paper, Table 8).
 
-Pixel coordinates are continuous: the left edge of the image is x = 0, the right edge x = width. Magnitudes are those of
-the authors' code.
+Pixel coordinates are continuous: the left edge of the image is x = 0, the right edge x = width. Ranges are those of the
+authors' code; a shear goes by the tangent of its angle, in x and y at once (theirs by the hyperbolic tangent, one after
+the other).
 """
 
 from __future__ import annotations

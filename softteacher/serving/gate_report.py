@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from softteacher.data.coco import CocoDataset
 from softteacher.detections import Detections
 from softteacher.evaluation.bootstrap import CONFIDENCE, MIN_IMAGES, Difference
 from softteacher.evaluation.examples import SHOWN_SCORE, example, image_f1
 from softteacher.evaluation.page import render
-
-if TYPE_CHECKING:
-    from softteacher.serving.gate import Decision
+from softteacher.serving.decision import Decision
 
 GALLERY = 3  # images where the new model is better, and as many where the champion is
 MARGIN = 4.0  # percent of the picture of an interval, on each side

@@ -273,7 +273,8 @@ def test_export(library, tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(("champion_ap", "shown"), [(None, {}), (0.4, {"champion_ap": 0.4})])
 def test_gate(library, tmp_path: Path, capsys, champion_ap, shown):
-    from softteacher.serving.gate import Bounds, Decision
+    from softteacher.choices import Bounds
+    from softteacher.serving.decision import Decision
 
     answer = Decision(deploy=True, reason="better", ap=0.5, champion_ap=champion_ap)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from softteacher import cli, storage
+from softteacher.choices import Bounds
 from softteacher.config import load_settings
 from softteacher.model_folder import ModelFolder
 from softteacher.serving.deploy import deploy, promote
-from softteacher.serving.gate import Bounds, gate
+from softteacher.serving.gate import gate
 from softteacher.serving.lineage import champion_model, record
 from softteacher.training.train import train
 from tests.conftest import TritonServer

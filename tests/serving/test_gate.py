@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from softteacher.choices import Bounds
 from softteacher.data.coco import load_coco
 from softteacher.errors import UserError
 from softteacher.serving import gate as module
-from softteacher.serving.gate import Bounds, ClassChange, Decision, gate
+from softteacher.serving.decision import ClassChange, Decision
+from softteacher.serving.gate import gate
 from softteacher.serving.repository import Champion, write_champion
 from softteacher.serving.version_folder import write_version
 from tests.helpers import CATEGORIES, onnx_folder, square_detector, square_image

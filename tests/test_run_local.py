@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from softteacher.choices import Bounds
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ["--data", "s3://data/cards", "--repository", "s3://models/triton", "--triton", "http://127.0.0.1:8000"]
@@ -52,7 +55,6 @@ parity = {"ap": {"onnxruntime": .5}, "batch_1": {}, "batch_4": {}}
 double("softteacher.serving.export.export", parity, "model.onnx", out=1)
 decision = types.SimpleNamespace(deploy="REFUSE" not in os.environ, reason="better", metrics=lambda: {"ap": .5})
 double("softteacher.serving.gate.gate", decision, "report.html")
-sys.modules["softteacher.serving.gate"].Bounds = lambda *bounds: bounds
 double("softteacher.serving.deploy.deploy", {"version": 3})
 double("softteacher.serving.lineage.record", {"version": 3, "run_id": "r"})
 double("softteacher.serving.lineage.lineage", {})
@@ -104,7 +106,7 @@ def test_local_run_with_baseline(tmp_path: Path):
     assert outputs["deploy"]["facts"] == {"version": 3}
 
     by_name = {name: (arguments, options) for name, arguments, options in calls}
-    bounds = {"bounds": [0.01, 0.05, 1.5, False], "out": outputs["gate"]["results"]}
+    bounds = {"bounds": asdict(Bounds(0.01, 0.05, 1.5, False)), "out": outputs["gate"]["results"]}
     assert by_name["gate"] == ([outputs["export"]["onnx"], "s3://models/triton", "detector"], bounds)
     assert Path(outputs["gate"]["report"]).read_text() == "gate"
     deployed = [outputs["export"]["onnx"], *REQUIRED[3::2], "detector"]
@@ -139,7 +141,7 @@ def test_local_run_with_a_registry(tmp_path: Path):
     served = [name for name, *_ in calls if name not in {"evaluate", "report"}]  # evaluate runs before or after
     assert served[-4:] == ["deploy", "record", "lineage", "table"]
     assert by_name["record"][0][2:] == ["s3://models/triton", "detector", "s3://models/registry"]
-    assert by_name["gate"][1]["bounds"] == [0, 1, 1.5, False]
+    assert by_name["gate"][1]["bounds"] == asdict(Bounds(0, 1, 1.5, False))
 
 
 @pytest.mark.parametrize("verdict", ["accepted", "rejected"])
@@ -158,7 +160,7 @@ def test_local_retraining(tmp_path: Path, verdict):
     settings = by_name["launch"][0][4]
     assert "init_from='s3://models/registry/detector/2/model'" in settings
     assert "new_share=0.4" in settings
-    assert by_name["gate"][1]["bounds"] == [0, 0.05, 1.5, True]
+    assert by_name["gate"][1]["bounds"] == asdict(Bounds(0, 0.05, 1.5, True))
     if verdict == "accepted":
         assert by_name["deploy"][1]["canary"] == 0.1
     run_id = by_name["commit"][1]["run"]

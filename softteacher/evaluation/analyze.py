@@ -119,9 +119,8 @@ def match(dataset: CocoDataset, found: dict[int, Observed]) -> dict[str, np.ndar
         iou = pairwise_iou(mine, truth) * (d.labels[:, None] == labels)
         crowd = dataset.annotations.bbox[crowds.get(index, [])]
         of_class = d.labels[:, None] == dataset.annotations.labels[crowds.get(index, [])]
-        sides = np.minimum(d.boxes[:, None, 2:], crowd[:, :2] + crowd[:, 2:]) - np.maximum(
-            d.boxes[:, None, :2], crowd[:, :2]
-        )
+        low, high = crowd[:, :2], crowd[:, :2] + crowd[:, 2:]
+        sides = np.minimum(d.boxes[:, None, 2:], high) - np.maximum(d.boxes[:, None, :2], low)
         area = (d.boxes[:, 2:] - d.boxes[:, :2]).prod(1, keepdims=True)
         keep = correct | ~((sides.clip(0).prod(2) > 0.5 * area) & of_class).any(1)
         columns = (d.scores, d.variance, d.labels, correct, iou.max(1, initial=0))

@@ -156,7 +156,8 @@ def one_run(a: argparse.Namespace, name: str, fold: int, results: Path) -> None:
     title = f"{a.name}-{a.percent:g}-{name}-{fold}"
     file = results / "accuracy" / f"{title}.json"
     if name == "supervised_full" and not file.exists():  # that of another percentage has seen the same
-        file = next((results / "accuracy").glob(f"{glob.escape(a.name)}-*-{name}-{fold}.json"), file)
+        of_fold = (f for f, run in runs_of(a.name, results) if (run["method"], run["fold"]) == (name, fold))
+        file = next(of_fold, file)
     method, changes = (METHODS | OTHERS)[name]
     data, out = a.work / f"{a.name}-{a.percent:g}-{fold}", a.work / title
     preset = "+".join([a.preset, *(change for change in changes if "=" not in change)])
@@ -246,12 +247,17 @@ def quiet(jobs: int) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
+def runs_of(name: str, results: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The results of a data set, at all percentages; not those of one whose name begins with this one's."""
+    files = sorted((results / "accuracy").glob(f"{glob.escape(name)}-*.json"))
+    return [(file, run) for file in files if (run := json.loads(file.read_text()))["dataset"] == name]
+
+
 def summarize(name: str, percent: float, results: Path) -> dict[str, Any]:
     """Mean and deviation of each method over its folds, and the share of the gap that the default method closes."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
-    found = [json.loads(f.read_text()) for f in (results / "accuracy").glob(f"{glob.escape(name)}-*.json")]
-    # not those of a data set whose name begins with this one's; all labels are the same at any percentage
-    mine = [r for r in found if r["dataset"] == name and (r["percent"] == percent or r["method"] == "supervised_full")]
+    # all labels are the same at any percentage
+    mine = [r for _, r in runs_of(name, results) if r["percent"] == percent or r["method"] == "supervised_full"]
     for run in sorted(mine, key=lambda r: (r["percent"] == percent, r["percent"])):
         runs.setdefault(run["method"], {})[run["fold"]] = run
     methods = {}

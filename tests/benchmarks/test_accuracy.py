@@ -78,6 +78,27 @@ def test_all_labels_are_the_same_at_any_percentage(accuracy: ModuleType, tmp_pat
     assert summary["gap_closed"] == pytest.approx(0.05 / 0.6)
 
 
+def test_all_labels_of_another_percentage_are_not_trained_again(
+    accuracy: ModuleType, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a result of a data set whose name begins with this one's taken for it, or complained of."""
+    results = tmp_path / "results"
+    results.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "one_run", lambda *_: None)
+        call()
+    data = json.loads((tmp_path / "work" / "mine-20-1" / "source.json").read_text())
+    settings = accuracy.what_decides(load_settings("small", ["method.name=supervised", "training.seed=1"]))
+    write(results, "supervised_full", 1, 0.6)
+    mine = results / "accuracy" / "mine-10-supervised_full-1.json"
+    run = json.loads(mine.read_text()) | {"data": data, "settings": settings}
+    other = results / "accuracy" / "mine-1-10-supervised_full-1.json"
+    other.write_text(json.dumps(run | {"dataset": "mine-1", "data": {}}))
+    mine.write_text(json.dumps(run))
+    monkeypatch.setattr(accuracy.subprocess, "run", None)  # nothing is trained
+    call("--methods", "supervised_full")
+
+
 def test_no_gap_to_close(accuracy: ModuleType, tmp_path: Path) -> None:
     """All labels may be no better: of a quick run all APs are 0. And there may be nothing to compare with."""
     write(tmp_path, "soft_teacher", 1, 0.0)
